@@ -1,0 +1,1 @@
+"""Programs: what reaches a device, compiled beforehand."""

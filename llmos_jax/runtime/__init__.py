@@ -1,0 +1,1 @@
+"""What keeps a job alive: checkpoints, processes, metrics, faults, the model store."""

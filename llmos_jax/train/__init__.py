@@ -1,0 +1,1 @@
+"""Objectives, optimizers, the step and the loop."""
