@@ -1,0 +1,1 @@
+"""Output projection and cross-entropy in one pass."""

@@ -1,0 +1,98 @@
+"""Fused projection and cross-entropy in plain XLA: a scan over chunks of tokens, gradients in the same pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_cross_entropy(options, x, w, labels, weights):
+    """options: (transposed, z_loss, softcap, vocab_axis); see `api.linear_cross_entropy`."""
+    chunks = _chunks(options, x, w, labels, weights)
+
+    def add(total, chunk):
+        loss, nll, _ = _chunk_loss(options, w, *chunk)
+        return (total[0] + loss, total[1] + nll), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, (zero, zero), chunks)[0]
+
+
+def _forward(options, x, w, labels, weights):
+    chunks = _chunks(options, x, w, labels, weights)
+    transposed = options[0]
+
+    def add(total, chunk):
+        loss, nll, gradient = _chunk_loss(options, w, *chunk)
+        d_logits = gradient().astype(x.dtype)
+        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        dx = product(d_logits, w if transposed else w.T)
+        dw = product(d_logits.T, chunk[0]) if transposed else product(chunk[0].T, d_logits)
+        return (total[0] + loss, total[1] + nll, total[2] + dw), dx.astype(x.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
+    if chunks[0].shape[0] == 1:
+        (loss, nll, dw), dx = add(start, jax.tree.map(lambda c: c[0], chunks))
+    else:
+        (loss, nll, dw), dx = jax.lax.scan(add, start, chunks)
+    return (loss, nll), (dx.reshape(-1, x.shape[1])[: x.shape[0]], dw.astype(w.dtype))
+
+
+def _backward(options, residuals, cotangents):
+    dx, dw = residuals
+    scale = cotangents[0]
+    if options[3] is not None:
+        # Every device of the vocabulary axis returns the same loss and holds a share of its cotangent; dx is this
+        # device's part of the sum over the vocabulary, which shard_map adds up as x is the same on all of them.
+        scale = jax.lax.psum(scale, options[3])
+    return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
+
+
+linear_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(options, x, w, labels, weights):
+    """The tokens in equal chunks, [num_chunks, chunk, ...]; what is filled up has weight 0."""
+    vocab = w.shape[0 if options[0] else 1]
+    tokens = x.shape[0]
+    num_chunks = -(-tokens // max(1, CHUNK_ELEMENTS // vocab))
+    size = -(-tokens // num_chunks)
+
+    def split(a):
+        a = jnp.pad(a, [(0, num_chunks * size - tokens)] + [(0, 0)] * (a.ndim - 1))
+        return a.reshape(num_chunks, size, *a.shape[1:])
+
+    return split(x), split(labels), split(weights.astype(jnp.float32))
+
+
+def _chunk_loss(options, w, x, labels, weights):
+    """Weighted loss and negative log-likelihood of one chunk, and a function for the gradient of its logits."""
+    transposed, z_loss, softcap, vocab_axis = options
+    logits = jnp.dot(x, w.T if transposed else w, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if vocab_axis is not None:
+        labels = labels - jax.lax.axis_index(vocab_axis) * logits.shape[1]
+    is_label = labels[:, None] == jnp.arange(logits.shape[1])
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    if vocab_axis is not None:
+        top = jax.lax.pmax(top, vocab_axis)
+    total = jnp.sum(jnp.exp(logits - top), axis=-1)
+    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    if vocab_axis is not None:
+        total, label_logit = jax.lax.psum((total, label_logit), vocab_axis)
+    lse = jnp.log(total) + top[:, 0]
+    nll = lse - label_logit
+
+    def gradient():
+        p = jnp.exp(logits - lse[:, None])
+        d = p * (1.0 + 2.0 * z_loss * lse)[:, None] - is_label
+        if softcap is not None:
+            d = d * (1.0 - (logits / softcap) ** 2)
+        return d * weights[:, None]
+
+    return jnp.sum(weights * (nll + z_loss * lse**2)), jnp.sum(weights * nll), gradient

@@ -1,0 +1,1 @@
+"""Grouped matrix product for mixtures of experts."""
