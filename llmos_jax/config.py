@@ -106,9 +106,7 @@ class ModelConfig:
         """(attention kind, feed-forward kind) of each layer, in order."""
         pattern = self.layer_pattern
         moe_from = self.num_dense_layers if self.num_experts else self.num_layers
-        return tuple(
-            (pattern[i % len(pattern)], "moe" if i >= moe_from else "mlp") for i in range(self.num_layers)
-        )
+        return tuple((pattern[i % len(pattern)], "moe" if i >= moe_from else "mlp") for i in range(self.num_layers))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -284,7 +282,16 @@ def check_model(model: ModelConfig) -> None:
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.param_dtype", model.param_dtype, DTYPES)
     _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
-    for name in "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim max_seq_len".split():
+    for name in [
+        "vocab_size",
+        "num_layers",
+        "embed_dim",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "mlp_dim",
+        "max_seq_len",
+    ]:
         require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1")
     require(
         model.num_heads % model.num_kv_heads == 0,
@@ -364,7 +371,7 @@ def _check_sharding(config: RunConfig, sizes: dict[str, int]) -> None:
         f"mesh.context={context} does not divide train.seq_len={train.seq_len}; use one of {_divisors(train.seq_len, 64)}",
     )
     require(
-        expert == 1 or (model.num_experts and model.num_experts % expert == 0),
+        expert == 1 or bool(model.num_experts and model.num_experts % expert == 0),
         f"mesh.expert={expert} does not divide model.num_experts={model.num_experts}; "
         + (f"use one of {_divisors(model.num_experts)}" if model.num_experts else "a dense model has mesh.expert=1"),
     )
@@ -408,7 +415,9 @@ def check(config: RunConfig, num_devices: int | None = None) -> None:
     )
     for i, source in enumerate((*data.sources, *data.eval_sources)):
         require(bool(source.path), f"source {i} has no path; set data.sources.{i}.path")
-        require(source.weight > 0, f"source {source.path!r} has weight {source.weight}; use one above 0, or leave it out")
+        require(
+            source.weight > 0, f"source {source.path!r} has weight {source.weight}; use one above 0, or leave it out"
+        )
         _one_of(f"format of {source.path!r}", source.format, ("auto", "text", "lines", "jsonl", "parquet"))
     require(config.checkpoint.every >= 1, f"checkpoint.every={config.checkpoint.every} must be at least 1")
     require(config.checkpoint.keep >= 1, f"checkpoint.keep={config.checkpoint.keep} must be at least 1")

@@ -46,6 +46,7 @@ def ours(args):
     """Generator: yields once ready, then a loss after each step."""
     import jax
     import numpy as np
+
     from llmos_jax.compiler.roofline import peak_flops, train_flops
     from llmos_jax.config import OptimizerConfig, RunConfig, TrainConfig
     from llmos_jax.runtime.distributed import prepare_host
@@ -181,7 +182,9 @@ def main() -> None:
 
 def report(args, sides: dict[str, Worker], seconds: dict[str, list[float]]) -> None:
     tokens = args.batch * args.seq_len
-    print(f"{args.shape}, {args.dtype}, batch {args.batch} x {args.seq_len}, {args.blocks} blocks of {args.steps} steps")
+    print(
+        f"{args.shape}, {args.dtype}, batch {args.batch} x {args.seq_len}, {args.blocks} blocks of {args.steps} steps"
+    )
     for side, worker in sides.items():
         step = statistics.median(seconds[side])
         line = f"{side:7} {tokens / step:9.0f} tokens/s   {step:7.3f} s a step   ({worker.info['versions']})"

@@ -43,9 +43,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "llama_linear": ("LlamaConfig", rope("linear", factor=4.0)),
     "llama_llama3": (
         "LlamaConfig",
-        rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-        ),
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
     ),
     "llama_yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0)),
     "mistral": ("MistralConfig", {"sliding_window": 8}),

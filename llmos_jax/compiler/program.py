@@ -33,9 +33,7 @@ class Program:
         started = time.perf_counter()
         options = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
         with jax.set_mesh(self.mesh):
-            compiled = (
-                jax.jit(self.function, donate_argnums=self.donate, **options).lower(*self.args).compile()
-            )
+            compiled = jax.jit(self.function, donate_argnums=self.donate, **options).lower(*self.args).compile()
         return Executable(self.name, compiled, self.mesh, time.perf_counter() - started)
 
 

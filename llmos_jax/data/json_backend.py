@@ -128,8 +128,7 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) 
     least = len(alphabet) + len(special_tokens)
     if vocab_size < least:
         raise UserError(f"a byte-level vocabulary of {vocab_size} is too small; use at least {least}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(models.BPE())  # without a normalizer: decoding gives every text back as it was
     tokenizer.pre_tokenizer = _splits(QWEN2_SPLIT)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -21,9 +21,10 @@ class SentencePieceBackend:
     def __init__(self, model: bytes, added: dict[int, str] | None = None, special: Iterable[int] = ()):
         self.model = model
         self.first = sentencepiece.SentencePieceProcessor(model_proto=model)
-        # Text after a special token gets no space in front, as only the first word of a text does.
-        self.rest = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.rest.override_normalizer_spec(add_dummy_prefix=False)
+        # Only the first word of a text gets a space in front, not what follows a special token. A field appended to
+        # a protobuf overrides the one before it: here normalizer_spec.add_dummy_prefix = false.
+        no_prefix = _bytes_field(3, _varint_field(3, 0))
+        self.rest = sentencepiece.SentencePieceProcessor(model_proto=model + no_prefix)
         self.added = added or {}
         num_pieces = self.first.vocab_size()
         controls = {i for i in range(num_pieces) if self.first.is_control(i)}

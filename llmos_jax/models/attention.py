@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pallas_kernels
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from llmos_jax.config import ModelConfig
 from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, out_std, parameter
 from llmos_jax.sharding import axis_size, constrain, sharded

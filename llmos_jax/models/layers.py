@@ -62,10 +62,8 @@ class Embed(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.scale, self.dtype = config.embed_scale, jnp.dtype(config.dtype)
         self.table = parameter(rngs, config, (), (config.vocab_size, config.embed_dim), ("vocab", "embed"), INIT_STD)
-        self.positions = None
-        if config.position == "learned":
-            shape = (config.max_seq_len, config.embed_dim)
-            self.positions = parameter(rngs, config, (), shape, ("norm", "embed"), INIT_STD)
+        shape, learned = (config.max_seq_len, config.embed_dim), config.position == "learned"
+        self.positions = parameter(rngs, config, (), shape, ("norm", "embed"), INIT_STD) if learned else None
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = constrain(self.table[...], "vocab", None).astype(self.dtype)[tokens]

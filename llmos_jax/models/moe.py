@@ -4,10 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import pallas_kernels
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from llmos_jax.config import ModelConfig
 from llmos_jax.models.layers import INIT_STD, Stack, activation, out_std, parameter
 from llmos_jax.sharding import axis_size, constrain, sharded

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from llmos_jax.config import UserError
-
 
 def home() -> Path:
     """Where pulled models, token stores and compiled programs are kept: $LLMOS_HOME, or ~/.cache/llmos."""

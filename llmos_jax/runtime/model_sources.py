@@ -102,9 +102,11 @@ def _fetch_hf(source: Source, pulling: Path) -> tuple[list[Item], str]:
     patterns = [f"*{suffix}" for suffix in MODEL_SUFFIXES] + [*MODEL_NAMES, "LICENSE*", "NOTICE*"]
     folder = pulling / "hf"
     try:
+        # A branch may move between an interrupted pull and the next: what is fetched is one commit.
+        commit = huggingface_hub.model_info(match["repository"], revision=match["revision"]).sha
         huggingface_hub.snapshot_download(
             match["repository"],
-            revision=match["revision"],
+            revision=commit,
             local_dir=folder,
             allow_patterns=[match["file"]] if match["file"] else patterns,
             ignore_patterns=None if match["file"] else ["*/*"],
@@ -116,7 +118,7 @@ def _fetch_hf(source: Source, pulling: Path) -> tuple[list[Item], str]:
         raise UserError(f"{source.text} could not be fetched from Hugging Face ({reason})") from error
     files = (path for path in folder.rglob("*") if path.is_file())
     paths = sorted(path for path in files if ".cache" not in path.relative_to(folder).parts)
-    return [_file_item(path, staged=True) for path in paths], source.version
+    return [_file_item(path, staged=True) for path in paths], commit or ""
 
 
 def _fetch_pypi(source: Source, pulling: Path) -> tuple[list[Item], str]:

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pallas_kernels
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from llmos_jax.config import RunConfig, UserError
 from llmos_jax.models.decoder import Params, bind
 from llmos_jax.sharding import axis_size, sharded

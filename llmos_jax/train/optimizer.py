@@ -92,6 +92,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, sha
 
     params: abstract. otherwise: the sharding of everything else (counters, factored moments).
     """
+
     def place(path, leaf):
         name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
         return shardings[name] if name in params and leaf.shape == params[name].shape else otherwise

@@ -12,7 +12,8 @@ from jax import Array
 
 from pallas_kernels.attention.reference import NEG_INF, mask
 
-BLOCK_Q = 256
+BLOCK_Q = 128  # small enough that a block's scores stay in a CPU's cache
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(q, k, v, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale):
@@ -21,46 +22,51 @@ def attention(q, k, v, *, causal, window, q_offset, q_segment_ids, kv_segment_id
     static = isinstance(q_offset, int)
     options = (causal, window, softcap, scale, q_offset if static else None)
     offset = None if static else jnp.broadcast_to(jnp.asarray(q_offset), (q.shape[0],))
-    return _attention(options, q, k, v, segments, offset)
+    q_BKGTH = _group(q, k.shape[2])
+    out_BKGTH = _attention(options, q_BKGTH, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, offset)
+    return _ungroup(out_BKGTH)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q, k, v, segments, offset):
-    return _forward(options, q, k, v, segments, offset)[0]
+def _attention(options, q_BKGTH, k_BKSH, v_BKSH, segments, offset):
+    return _forward(options, q_BKGTH, k_BKSH, v_BKSH, segments, offset)[0]
 
 
 def _forward(options, q, k, v, segments, offset):
-    k_BKSH, v_BKSH = _heads_first(k), _heads_first(v)
     outputs, sums = [], []
-    for block in _blocks(options, q.shape[1], k.shape[1]):
+    for block in _blocks(options, q.shape[3], k.shape[2]):
         rows, keys = block
-        q_block = _group(q[:, rows], k.shape[2])
-        p, lse, _ = _weights(options, block, q_block, k_BKSH[:, :, keys], segments, offset)
-        out = jnp.einsum("bkrs,bksh->bkrh", p.astype(v.dtype), v_BKSH[:, :, keys], preferred_element_type=jnp.float32)
-        outputs.append(_ungroup(out.astype(q.dtype), q.shape[2]))
-        sums.append(lse)
-    out = jnp.concatenate(outputs, axis=1)
+        scores, seen, _ = _scores(options, block, q[:, :, :, rows], k[:, :, keys], segments, offset)
+        top = jnp.max(jnp.where(seen, scores, NEG_INF), axis=-1, keepdims=True)
+        p = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        total = jnp.where(total == 0, 1.0, total)
+        out = product("bkrs,bksh->bkrh", _join_rows(p).astype(v.dtype), v[:, :, keys])
+        outputs.append((_split_rows(out, q.shape[2]) / total).astype(q.dtype))
+        sums.append(top + jnp.log(total))
+    out = jnp.concatenate(outputs, axis=3)
     return out, (q, k, v, segments, offset, out, sums)
 
 
 def _backward(options, residuals, d_out):
     q, k, v, segments, offset, out, sums = residuals
-    k_BKSH, v_BKSH = _heads_first(k), _heads_first(v)
-    dk, dv = (jnp.zeros(k_BKSH.shape, jnp.float32) for _ in range(2))
-    dq = []
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    for block, lse in zip(_blocks(options, q.shape[1], k.shape[1]), sums, strict=True):
+    dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
+    dq = []
+    for block, lse in zip(_blocks(options, q.shape[3], k.shape[2]), sums, strict=True):
         rows, keys = block
-        q_block, g_block, delta_block = (_group(x[:, rows], k.shape[2]) for x in (q, d_out, delta))
-        k_block, v_block = k_BKSH[:, :, keys], v_BKSH[:, :, keys]
-        p, _, slope = _weights(options, block, q_block, k_block, segments, offset, lse)
-        dv = dv.at[:, :, keys].add(product("bkrs,bkrh->bksh", p.astype(v.dtype), g_block))
-        dp = product("bkrh,bksh->bkrs", g_block, v_block)
-        ds = (p * (dp - delta_block) * slope * options[3]).astype(q.dtype)
-        dk = dk.at[:, :, keys].add(product("bkrs,bkrh->bksh", ds, q_block))
-        dq.append(_ungroup(product("bkrs,bksh->bkrh", ds, k_block).astype(q.dtype), q.shape[2]))
-    return jnp.concatenate(dq, axis=1), _heads_first(dk).astype(k.dtype), _heads_first(dv).astype(v.dtype), None, None
+        q_rows, g_rows = _join_rows(q[:, :, :, rows]), _join_rows(d_out[:, :, :, rows])
+        scores, seen, slope = _scores(options, block, q[:, :, :, rows], k[:, :, keys], segments, offset)
+        p = jnp.where(seen, jnp.exp(scores - lse), 0.0)
+        dp = _split_rows(product("bkrh,bksh->bkrs", g_rows, v[:, :, keys]), q.shape[2])
+        ds = _join_rows(p * (dp - delta[:, :, :, rows]) * slope * options[3]).astype(q.dtype)
+        p = _join_rows(p)
+        # Keys last: the transposed product is the slow one on a CPU, and this form transposes its small operand.
+        pad = [(0, 0)] * 3 + [(keys.start, k.shape[2] - keys.stop)]
+        dv = dv + jnp.pad(product("bkrs,bkrh->bkhs", p.astype(v.dtype), g_rows), pad)
+        dk = dk + jnp.pad(product("bkrs,bkrh->bkhs", ds, q_rows), pad)
+        dq.append(_split_rows(product("bkrs,bksh->bkrh", ds, k[:, :, keys]), q.shape[2]).astype(q.dtype))
+    return jnp.concatenate(dq, axis=3), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -81,26 +87,17 @@ def _blocks(options, num_queries: int, num_keys: int) -> list[tuple[slice, slice
     return blocks
 
 
-def _weights(options, block, q_BKRH, k_BKSH, segments, offset, lse=None):
-    """Softmax weights [B, K, R, S] in float32, their log-sum-exp, and the softcap's derivative; R is (group, row)."""
+def _scores(options, block, q_BKGTH, k_BKSH, segments, offset):
+    """Capped scores [B, K, G, T, S] in float32, which of them count, and the softcap's derivative."""
     causal, window, softcap, scale, static_offset = options
     rows, keys = block
-    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    scores = _split_rows(product("bkrh,bksh->bkrs", _join_rows(q_BKGTH), k_BKSH), q_BKGTH.shape[2]) * scale
     slope: Array | float = 1.0
     if softcap is not None:
         squashed = jnp.tanh(scores / softcap)
         scores, slope = softcap * squashed, 1.0 - squashed**2
     seen = _seen(causal, window, rows, keys, segments, static_offset if offset is None else offset)
-    group = q_BKRH.shape[2] // (rows.stop - rows.start)
-    seen = jnp.tile(seen, (1, group, 1))[:, None]
-    if lse is None:
-        scores = jnp.where(seen, scores, NEG_INF)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        p = jnp.where(seen, jnp.exp(scores - top), 0.0)
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        total = jnp.where(total == 0, 1.0, total)
-        return p / total, top + jnp.log(total), slope
-    return jnp.where(seen, jnp.exp(scores - lse), 0.0), lse, slope
+    return scores, seen[:, None, None], slope
 
 
 def _seen(causal, window, rows, keys, segments, offset):
@@ -111,18 +108,21 @@ def _seen(causal, window, rows, keys, segments, offset):
     return mask(q_index, kv_index, causal=causal, window=window, q_segment_ids=q_ids, kv_segment_ids=kv_ids)
 
 
-def _heads_first(x: Array) -> Array:
-    return jnp.swapaxes(x, 1, 2)
-
-
 def _group(x_BTNH: Array, num_kv_heads: int) -> Array:
-    """[B, T, N, H] -> [B, K, (N/K) T, H]: the queries that share a key head become rows of one product."""
+    """[B, T, N, H] -> [B, K, G, T, H]: the G query heads that share a key head side by side."""
     b, t, n, h = x_BTNH.shape
-    x = x_BTNH.reshape(b, t, num_kv_heads, n // num_kv_heads, h)
-    return x.transpose(0, 2, 3, 1, 4).reshape(b, num_kv_heads, -1, h)
+    return x_BTNH.reshape(b, t, num_kv_heads, n // num_kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
-def _ungroup(x_BKRH: Array, num_heads: int) -> Array:
-    b, k, r, h = x_BKRH.shape
-    x = x_BKRH.reshape(b, k, num_heads // k, -1, h)
-    return x.transpose(0, 3, 1, 2, 4).reshape(b, -1, num_heads, h)
+def _ungroup(x_BKGTH: Array) -> Array:
+    b, k, g, t, h = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+
+
+def _join_rows(x_BKGTH: Array) -> Array:
+    """Queries that share a key head become rows of one product, [B, K, G T, H]."""
+    return x_BKGTH.reshape(*x_BKGTH.shape[:2], -1, x_BKGTH.shape[4])
+
+
+def _split_rows(x_BKRH: Array, group: int) -> Array:
+    return x_BKRH.reshape(*x_BKRH.shape[:2], group, -1, x_BKRH.shape[3])
