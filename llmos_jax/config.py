@@ -7,7 +7,9 @@ can be read, changed and refused before jax is loaded.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -258,6 +260,11 @@ def with_model(config: RunConfig, model: ModelConfig) -> RunConfig:
     """`config` with the architecture of a loaded `model`, keeping the run's own choice of how to compute it."""
     runtime = {name: getattr(config.model, name) for name in RUNTIME_MODEL_FIELDS}
     return dataclasses.replace(config, model=dataclasses.replace(model, **runtime))
+
+
+def home() -> Path:
+    """Where pulled models, token stores and compiled programs are kept: $LLMOS_HOME, or ~/.cache/llmos."""
+    return Path(os.environ.get("LLMOS_HOME") or "~/.cache/llmos").expanduser()
 
 
 def require(condition: bool, message: str) -> None:

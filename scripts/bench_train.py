@@ -66,7 +66,7 @@ def ours(args):
         "targets": tokens[:, 1:],
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.tile(np.arange(args.seq_len, dtype=np.int32), (args.batch, 1)),
-        "loss_mask": np.ones(shape, np.int8),
+        "loss_mask": np.ones(shape, np.float32),
     }
     device = jax.devices()[0]
     yield {

@@ -66,7 +66,7 @@ def build_data(config: RunConfig, tokenizer: Tokenizer, progress: Progress | Non
     tokenizer with more entries than the model.
     """
     data, seq_len = config.data, config.train.seq_len
-    if not data.sources:
+    if not (data.sources or data.eval_sources):
         raise UserError("data.sources is empty; name at least one source, such as a folder of text")
     check_fits(tokenizer, config.model)
     directory = Path(data.cache_dir) if data.cache_dir else default_directory()

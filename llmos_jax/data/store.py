@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from llmos_jax.config import CleanConfig, SourceConfig, UserError
+from llmos_jax.config import CleanConfig, SourceConfig, UserError, home
 from llmos_jax.data.clean import DROP_REASONS, Cleaner
 from llmos_jax.data.hashing import text_hash
 from llmos_jax.data.sources import HF_PREFIX, read_documents, source_files, source_fingerprint
@@ -109,7 +109,7 @@ class TokenStore:
 
 def default_directory() -> Path:
     """Where token stores are kept unless data.cache_dir says otherwise: $LLMOS_HOME/data, or ~/.cache/llmos/data."""
-    return Path(os.environ.get("LLMOS_HOME") or "~/.cache/llmos").expanduser() / "data"
+    return home() / "data"
 
 
 def chunk_cache(num_bytes: int) -> ts.Context:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from llmos_jax.config import CheckpointConfig, UserError
+from llmos_jax.runtime.distributed import barrier
 
 SEAL = "seal.json"
 ITEMS = ("params", "rest", "extra")
@@ -163,7 +164,7 @@ class Checkpoints:
                 number += 1
                 target = self._folder / f"{step}.damaged{number}"
             self._step_folder(step).rename(target)
-        _barrier(f"set-aside-{step}")
+        barrier(f"set-aside-{step}")
         self._manager.reload()
 
     def _report_torn(self) -> None:
@@ -261,8 +262,3 @@ def _agree(check: Callable[[], str | None]) -> str | None:
     problem = check() if jax.process_index() == 0 else None
     bad = multihost_utils.broadcast_one_to_all(jax.numpy.asarray(problem is not None))
     return (problem or "see the first process") if bool(bad) else None
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

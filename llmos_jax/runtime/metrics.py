@@ -14,6 +14,7 @@ a line at a time, so a killed run loses at most the line it was writing:
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -56,6 +57,7 @@ class Metrics:
     def __init__(self, workdir: str | Path, total_steps: int, log: LogConfig, primary: bool) -> None:
         self._sinks: list[Sink] = []
         self._failed: set[str] = set()
+        self._lock = threading.Lock()  # checkpoints and the watchdog report from threads of their own
         if not primary:
             return
         try:
@@ -99,8 +101,9 @@ class Metrics:
 
     def _write(self, step: int, kind: str, values: Row) -> None:
         row = {"step": int(step), "kind": kind, **values, "time": round(time.time(), 3)}
-        for sink in self._sinks:
-            self._attempt(sink, partial(sink.write, row))
+        with self._lock:
+            for sink in self._sinks:
+                self._attempt(sink, partial(sink.write, row))
 
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
         try:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llmos_jax.config import UserError
+from llmos_jax.config import UserError, home
 from llmos_jax.runtime.model_sources import DISK_FULL, FETCH, WEIGHT_SUFFIXES, Item, base_of, kind_of, parse
 
 CHUNK = 2**20
@@ -52,10 +52,6 @@ class Manifest:
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
-
-
-def home() -> Path:
-    return Path(os.environ.get("LLMOS_HOME") or "~/.cache/llmos").expanduser()
 
 
 def pull(source: str, name: str | None = None, progress: Progress | None = None) -> Path:

@@ -4,7 +4,6 @@ import jax
 import optax
 
 from llmos_jax.config import OptimizerConfig
-from llmos_jax.models.decoder import Params
 
 Logical = dict[str, tuple[str | None, ...]]
 
@@ -87,7 +86,9 @@ def _muon_dimensions(logical: Logical):
     return {path: dimensions(path, dims) for path, dims in logical.items()}
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Params, shardings, otherwise):
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: dict[str, jax.ShapeDtypeStruct], shardings, otherwise
+):
     """Shardings of the optimizer's state: what has a parameter's shape lives where the parameter does.
 
     params: abstract. otherwise: the sharding of everything else (counters, factored moments).

