@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from llmos_jax.config import ModelConfig
-from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, out_std, parameter
+from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, out_std, parameter, project
 from llmos_jax.sharding import axis_size, constrain, sharded
 
 
@@ -59,13 +59,13 @@ class Attention(nnx.Module):
         else:
             cache = Cache(_write(cache.k, k, offset), _write(cache.v, v, offset))
             out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, **self._options())
-        out = jnp.einsum("btnh,nhd->btd", out, self.o[...].astype(x.dtype))
+        out = project(out, self.o[...], num_in=2)
         if self.o_bias is not None:
             out = out + self.o_bias[...].astype(x.dtype)
         return constrain(out, "batch", "sequence", None), cache
 
     def _project(self, x, weight, bias, norm, heads: str) -> Float[Array, "B T N H"]:
-        y = jnp.einsum("btd,dnh->btnh", x, weight[...].astype(x.dtype))
+        y = project(x, weight[...])
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:

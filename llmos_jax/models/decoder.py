@@ -20,6 +20,7 @@ from llmos_jax.models.moe import Moe
 from llmos_jax.sharding import constrain, sharding
 
 Params = dict[str, jax.Array]
+Unstacked = dict[str, jax.Array | tuple[jax.Array, ...]]  # a stack of layers as one array each
 
 
 class Block(nnx.Module):
@@ -214,7 +215,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, params: Params) -> Decoder:
+def bind(config: ModelConfig, params: Params | Unstacked) -> Decoder:
     """The module with `params` as its parameters; call it inside a program."""
     graph, entries = _structure(config)
     return _merge(graph, {path: params[_dotted(path)] for path, *_ in entries})

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, UserError
 from llmos_jax.models.attention import Cache
-from llmos_jax.models.decoder import Params, bind
+from llmos_jax.models.decoder import Params, Unstacked, bind
 from llmos_jax.sharding import replicated, sharding
 
 SMALLEST_BUCKET = 32
@@ -101,7 +101,7 @@ class Generator:
         return self._programs[kind, length, size]
 
 
-def _unstacked(params: Params) -> Params:
+def _unstacked(params: Params) -> Unstacked:
     """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step."""
     split = jax.jit(lambda x: tuple(x[i] for i in range(x.shape[0])))
     return {path: split(x) if path.startswith("segments.") else x for path, x in params.items()}

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
-from llmos_jax.sharding import constrain
+from llmos_jax.sharding import axis_size, constrain
 
 INIT_STD = 0.02
 
@@ -81,6 +81,19 @@ def activation(name: str, x: Array) -> Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
+def project(x: Array, weight: Array, num_in: int = 1) -> Array:
+    """x [B, T, *in] times weight [*in, *out] -> [B, T, *out]; `num_in` is the number of dimensions of `in`.
+
+    Tokens become one dimension where their order on the devices allows it: a weight's gradient is then a plain product,
+    which XLA's CPU backend computes several times faster than one that contracts batch and sequence apart.
+    """
+    size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
+    matrix = weight.reshape(size, -1).astype(x.dtype)
+    tokens = x.shape[: x.ndim - num_in]
+    flat = (-1,) if axis_size("context") == 1 else tokens
+    return (x.reshape(*flat, size) @ matrix).reshape(*tokens, *out)
+
+
 class Mlp(nnx.Module):
     """act(x gate) * (x up), or act(x up), projected down."""
 
@@ -94,16 +107,16 @@ class Mlp(nnx.Module):
         self.down_bias = parameter(rngs, config, stack, (d,), ("norm",), 0.0) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = x @ self.up[...].astype(x.dtype)
+        up = project(x, self.up[...])
         if self.up_bias is not None:
             up = up + self.up_bias[...].astype(x.dtype)
         up = constrain(up, "batch", "sequence", "mlp")
         if self.gate is None:
             hidden = activation(self.config.activation, up)
         else:
-            gate = constrain(x @ self.gate[...].astype(x.dtype), "batch", "sequence", "mlp")
+            gate = constrain(project(x, self.gate[...]), "batch", "sequence", "mlp")
             hidden = activation(self.config.activation, gate) * up
-        out = hidden @ self.down[...].astype(x.dtype)
+        out = project(hidden, self.down[...])
         if self.down_bias is not None:
             out = out + self.down_bias[...].astype(x.dtype)
         return constrain(out, "batch", "sequence", None)

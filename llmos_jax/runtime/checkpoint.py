@@ -187,11 +187,7 @@ class Checkpoints:
         for step in steps:
             folder = self._step_folder(step)
             try:
-                files = {
-                    str(path.relative_to(folder)): _checksum(path)
-                    for path in sorted(folder.glob("**/*"))
-                    if not path.is_dir() and path.name != SEAL
-                }
+                files = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
                 temporary = folder / f".{SEAL}"
                 temporary.write_text(json.dumps(files))
                 temporary.rename(folder / SEAL)
@@ -220,6 +216,14 @@ def load_params(workdir: str | Path, params) -> tuple[int, dict[str, jax.Array]]
 
 def _named_leaves(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """Every file below `folder`, the seal left out."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        found += _files(entry) if entry.is_dir() else [entry] * (entry.name != SEAL)
+    return found
 
 
 def _checksum(path: epath.Path) -> list[int]:

@@ -1,0 +1,197 @@
+"""Attention against float64 numpy: every mask, every offset, both passes, both implementations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import attention
+from pallas_kernels.attention import xla
+from tests.pallas_kernels import naive
+from tests.tiny import relative_error
+
+
+class Case(NamedTuple):
+    """One call; sizes of few values, since each combination is compiled anew."""
+
+    batch: int = 2
+    queries: int = 7
+    keys: int = 7
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 4
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    segments: bool = False
+    offset: str = "static"  # static | traced | per_sequence
+    start: int = 0  # of the queries among the keys
+    seed: int = 0
+
+    def starts(self) -> np.ndarray:
+        steps = np.arange(self.batch) if self.offset == "per_sequence" else np.zeros(self.batch, int)
+        return self.start + steps
+
+    def arrays(self):
+        rng = np.random.default_rng(self.seed)
+        q, d_out = rng.standard_normal((2, self.batch, self.queries, self.kv_heads * self.group, self.head_dim))
+        k, v = rng.standard_normal((2, self.batch, self.keys, self.kv_heads, self.head_dim))
+        return [x.astype(np.float32) for x in (q, k, v, d_out)]
+
+    def segment_ids(self):
+        if not self.segments:
+            return None, None
+        rng = np.random.default_rng(self.seed + 1)
+        ids = np.sort(rng.integers(0, 3, (self.batch, self.keys + self.queries + 8)), axis=1).astype(np.int32)
+        rows = self.starts()[:, None] + np.arange(self.queries)
+        return np.take_along_axis(ids, np.clip(rows, 0, ids.shape[1] - 1), axis=1), ids[:, : self.keys]
+
+    def expected(self):
+        q_ids, kv_ids = self.segment_ids()
+        seen = naive.sees(
+            self.queries, self.keys, causal=self.causal, window=self.window, offset=self.starts(), q_ids=q_ids, kv_ids=kv_ids
+        )
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return naive.attention(*self.arrays(), seen, scale=scale, softcap=self.softcap)
+
+    def computed(self, implementation: str | None = None, dtype=jnp.float32):
+        q_ids, kv_ids = self.segment_ids()
+        q, k, v, d_out = (jnp.asarray(x, dtype) for x in self.arrays())
+        starts = jnp.asarray(self.starts(), jnp.int32)
+
+        def run(q, k, v, d_out, starts):
+            offset = {"static": self.start, "traced": starts[0], "per_sequence": starts}[self.offset]
+            options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
+            ids = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+            if q_ids is not None:
+                ids = {name: jnp.asarray(value) for name, value in ids.items()}
+            out, pull = jax.vjp(
+                lambda q, k, v: attention(q, k, v, q_offset=offset, implementation=implementation, **options, **ids), q, k, v
+            )
+            return out, *pull(d_out)
+
+        return jax.jit(run)(q, k, v, d_out, starts)
+
+
+def check(case: Case, implementation: str | None = None, dtype=jnp.float32, tolerance: float = 3e-6) -> None:
+    computed = case.computed(implementation, dtype)
+    for name, got, want in zip(("out", "dq", "dk", "dv"), computed, case.expected(), strict=True):
+        assert got.dtype == dtype, name
+        error = np.abs(np.asarray(got, np.float64) - want).max()
+        assert error <= tolerance * max(1.0, np.abs(want).max()), f"{name} is off by {error:.2e}"
+
+
+CASES = st.builds(
+    Case,
+    batch=st.sampled_from([1, 3]),
+    queries=st.sampled_from([1, 6, 11]),
+    keys=st.sampled_from([1, 9, 11]),
+    kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.just(4),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 1, 3, 20]),
+    softcap=st.sampled_from([None, 1.5]),
+    scale=st.sampled_from([None, 0.7]),
+    segments=st.booleans(),
+    offset=st.sampled_from(["static", "traced", "per_sequence"]),
+    start=st.integers(-3, 12),
+    seed=st.integers(0, 100),
+)
+
+
+@settings(max_examples=40)
+@given(case=CASES)
+def test_xla_equals_numpy_in_both_passes(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "BLOCK_Q", 4)  # so that these few queries are several blocks, the last one not full
+        check(case)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(queries=3, keys=9, start=6, window=4, softcap=2.0, scale=0.3),
+        Case(segments=True, group=1, offset="per_sequence", start=1, keys=11),
+        Case(causal=False, window=3, offset="traced"),
+    ],
+    ids=["plain", "window-softcap", "segments-offsets", "not-causal"],
+)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_both_implementations_equal_numpy(case, implementation):
+    check(case, implementation)
+
+
+@pytest.mark.compat
+def test_the_default_block_size_is_crossed():
+    check(Case(batch=1, queries=xla.BLOCK_Q + 22, keys=xla.BLOCK_Q + 22, kv_heads=1, window=40))
+
+
+def test_bfloat16_keeps_its_own_precision():
+    check(Case(queries=11, keys=11, softcap=2.0), dtype=jnp.bfloat16, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("offset", ["static", "traced"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(offset, implementation):
+    case = Case(queries=6, keys=6, start=-3, offset=offset)  # the first three stand before every key
+    out, dq, dk, dv = (np.asarray(x) for x in case.computed(implementation))
+    assert not out[:, :3].any() and out[:, 3:].all()
+    assert not dq[:, :3].any()
+    assert all(np.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+def test_large_scores_do_not_overflow():
+    q = jnp.full((1, 4, 1, 4), 1e3)
+    out = attention(q, q, jnp.ones_like(q))
+    np.testing.assert_allclose(out, np.ones(q.shape), rtol=1e-6)
+
+
+def test_a_static_offset_leaves_out_keys_that_no_query_sees(monkeypatch):
+    """About half of the products of a causal call, by XLA's own count."""
+    monkeypatch.setattr(xla, "BLOCK_Q", 32)
+    x = jnp.ones((1, 256, 1, 32))
+
+    def flops(**options) -> float:
+        return jax.jit(lambda q: attention(q, q, q, **options)).lower(x).compile().cost_analysis()["flops"]
+
+    whole, causal, local = flops(causal=False), flops(), flops(window=32)
+    assert 0.5 < causal / whole < 0.65
+    assert local / whole < 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": (2, 3, 4)}, r"attention takes q \[B,T,N,H\]"),
+        ({"v": (2, 5, 2, 8)}, r"attention takes q \[B,T,N,H\] and k, v"),
+        ({"q": (1, 3, 4, 8)}, "differ in batch or head_dim"),
+        ({"q": (2, 3, 4, 6)}, "differ in batch or head_dim"),
+        ({"q": (2, 3, 5, 8)}, "num_heads=5 is not a multiple of num_kv_heads=4"),
+        ({"q_segment_ids": jnp.zeros((2, 3), jnp.int32)}, "give both q_segment_ids and kv_segment_ids"),
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"implementation": "magic"}, "'magic' is not known; use one of"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_refused(changes, message):
+    shapes = {"q": (2, 3, 4, 8), "k": (2, 7, 4, 8), "v": (2, 7, 4, 8)}
+    options = {name: value for name, value in changes.items() if name not in shapes}
+    arrays = {name: jnp.zeros(changes.get(name, shape)) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        attention(**arrays, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 64])
+def test_on_a_gpu_in_bfloat16(window):
+    case = Case(queries=192, keys=192, head_dim=64, group=4, window=window, softcap=20.0)
+    for got, want in zip(case.computed(dtype=jnp.bfloat16), case.expected(), strict=True):
+        assert relative_error(got, want) < 2e-2

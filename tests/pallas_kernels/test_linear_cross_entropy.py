@@ -1,0 +1,182 @@
+"""The fused projection and loss against float64 numpy: values, both gradients, a split vocabulary, and its memory."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import reference, xla
+
+
+class Case(NamedTuple):
+    tokens: int = 7
+    features: int = 5
+    vocab: int = 16
+    transposed: bool = False
+    z_loss: float = 0.0
+    softcap: float | None = None
+    seed: int = 0
+
+    def arrays(self):
+        rng = np.random.default_rng(self.seed)
+        x, w = rng.standard_normal((self.tokens, self.features)), rng.standard_normal((self.features, self.vocab))
+        labels = rng.integers(0, self.vocab, self.tokens).astype(np.int32)
+        weights = rng.choice([0.0, 1.0, 0.25], self.tokens)
+        return *(a.astype(np.float32) for a in (x, w.T if self.transposed else w)), labels, weights.astype(np.float32)
+
+    def options(self) -> dict:
+        return {"transposed": self.transposed, "z_loss": self.z_loss, "softcap": self.softcap}
+
+
+def expected(case: Case, arrays=None):
+    """(loss, nll, dx, dw) in float64, from the derivative of the softmax."""
+    x, w, labels, weights = case.arrays() if arrays is None else arrays
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    w = w.T if case.transposed else w
+    logits, slope = x @ w, 1.0
+    if case.softcap is not None:
+        squashed = np.tanh(logits / case.softcap)
+        logits, slope = case.softcap * squashed, 1 - squashed**2
+    lse = np.log(np.exp(logits).sum(axis=1))
+    nll = lse - logits[np.arange(len(labels)), labels]
+    d_logits = np.exp(logits - lse[:, None]) * (1 + 2 * case.z_loss * lse[:, None])
+    d_logits[np.arange(len(labels)), labels] -= 1
+    d_logits = d_logits * weights[:, None] * slope
+    dw = x.T @ d_logits
+    loss = np.sum(weights * (nll + case.z_loss * lse**2))
+    return loss, np.sum(weights * nll), d_logits @ w.T, dw.T if case.transposed else dw
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def differentiate(options, x, w, labels, weights, function=linear_cross_entropy):
+    def loss(x, w):
+        return function(x, w, labels, weights, **dict(options))
+
+    (value, nll), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, w)
+    return value, nll, *gradients
+
+
+def compare(got, want, tolerance=2e-6):
+    for name, a, b in zip(("loss", "nll", "dx", "dw")[: len(want)], got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()), err_msg=name)
+
+
+@pytest.mark.compat
+def test_reference_equals_numpy():
+    case = Case(z_loss=0.1, softcap=2.0)
+    options = (("z_loss", 0.1), ("softcap", 2.0))
+    compare(differentiate(options, *case.arrays(), reference.linear_cross_entropy), expected(case))
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_chunk_equals_numpy(transposed):
+    case = Case(transposed=transposed, z_loss=0.01)
+    compare(differentiate(tuple(case.options().items()), *case.arrays()), expected(case))
+
+
+@settings(max_examples=40)
+@given(
+    case=st.builds(
+        Case,
+        tokens=st.sampled_from([1, 7, 12]),
+        features=st.just(5),
+        vocab=st.sampled_from([2, 16]),
+        transposed=st.booleans(),
+        z_loss=st.sampled_from([0.0, 0.1]),
+        softcap=st.sampled_from([None, 2.0]),
+        seed=st.integers(0, 100),
+    ),
+    chunk_tokens=st.sampled_from([1, 3, 5, 12]),
+)
+def test_chunks_that_do_not_divide_the_tokens_equal_numpy(case, chunk_tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "CHUNK_ELEMENTS", chunk_tokens * case.vocab)
+        options = (*case.options().items(),)
+        compare(jax.jit(functools.partial(differentiate.__wrapped__, options))(*case.arrays()), expected(case))
+        compare(jax.jit(functools.partial(linear_cross_entropy, **case.options()))(*case.arrays()), expected(case)[:2])
+
+
+def sharded_loss(case: Case, parts: int):
+    mesh = jax.make_mesh((parts,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:parts])
+    kernel = P("tensor", None) if case.transposed else P(None, "tensor")
+    local = functools.partial(linear_cross_entropy, vocab_axis="tensor", **case.options())
+    return jax.shard_map(
+        lambda *args: local(*args), mesh=mesh, in_specs=(P(), kernel, P(), P()), out_specs=(P(), P()), check_vma=False
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("eight_devices")
+def test_a_split_vocabulary_equals_a_whole_one(parts, transposed, monkeypatch):
+    """Each device holds a part of V; loss and both gradients are those of one device."""
+    case = Case(transposed=transposed, z_loss=0.1, softcap=3.0)
+    monkeypatch.setattr(xla, "CHUNK_ELEMENTS", 3 * case.vocab // parts)
+    run, (x, w, labels, weights) = sharded_loss(case, parts), case.arrays()
+
+    @jax.jit
+    def both(x, w):
+        (loss, nll), pull = jax.vjp(lambda x, w: run(x, w, labels, weights), x, w)
+        return loss, nll, *pull((2.5 * jnp.ones(()), jnp.zeros(())))  # a cotangent other than one
+
+    loss, nll, dx, dw = both(x, w)
+    want = expected(case)
+    compare((loss, nll, dx / 2.5, dw / 2.5), want)
+    compare(jax.jit(run)(x, w, labels, weights), want[:2])
+
+
+def sizes(jaxpr) -> list[int]:
+    """Elements of every array that a jaxpr makes, those of its inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size")]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += sizes(inner)
+    return found
+
+
+def test_the_logits_are_never_held_whole(monkeypatch):
+    tokens, features, vocab, chunk = 64, 4, 512, 8
+    monkeypatch.setattr(xla, "CHUNK_ELEMENTS", chunk * vocab)
+    arrays = [jnp.ones(s) for s in ((tokens, features), (features, vocab))]
+    labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+    run = functools.partial(differentiate.__wrapped__, ())
+    made = sizes(jax.make_jaxpr(run)(*arrays, labels, weights).jaxpr)
+    assert max(made) == chunk * vocab  # the logits of one chunk are the largest array there is
+    memory = jax.jit(run).lower(*arrays, labels, weights).compile().memory_analysis()
+    if memory.temp_size_in_bytes:  # a program out of the compilation cache may not say
+        assert memory.temp_size_in_bytes < tokens * vocab * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"x": (7, 6)}, {"x": (7,)}, {"labels": (6,)}, {"weights": (6,)}, {"transposed": True}],
+    ids=["features", "rank", "labels", "weights", "orientation"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_refused(changes):
+    shapes = {"x": (7, 5), "w": (5, 16), "labels": (7,), "weights": (7,)} | changes
+    transposed = shapes.pop("transposed", False)
+    arrays = {name: jnp.zeros(shape, jnp.int32 if name == "labels" else jnp.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"linear_cross_entropy takes x \[M,D\]"):
+        linear_cross_entropy(**arrays, transposed=transposed)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16():
+    case = Case(tokens=200, features=64, vocab=512, z_loss=0.001)
+    x, w, labels, weights = case.arrays()
+    arrays = jnp.asarray(x / 8, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), labels, weights
+    got = differentiate((("z_loss", 0.001),), *arrays)
+    compare([np.asarray(a, np.float64) for a in got], expected(case, arrays), tolerance=2e-2)
