@@ -36,7 +36,12 @@ def load_file(path: str | Path) -> RunConfig:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no get_config(); define one that returns a RunConfig")
-    config = module.get_config()
+    try:
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"get_config() of {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"get_config() of {path} returns a {type(config).__name__}, not a RunConfig")
     return config
@@ -62,7 +67,7 @@ def _replace(value: Any, path: list[str], text: str, name: str) -> Any:
         return (*value[:i], new, *value[i + 1 :])
     hints = typing.get_type_hints(type(value))
     if head not in hints:
-        raise UserError(_unknown(value, head, name))
+        raise UserError(_unknown(value, path, name))
     current = getattr(value, head)
     if rest:
         if not dataclasses.is_dataclass(current) and not isinstance(current, tuple):
@@ -76,22 +81,18 @@ def _replace(value: Any, path: list[str], text: str, name: str) -> Any:
     return dataclasses.replace(value, **{head: new})
 
 
-def _unknown(value: Any, field: str, name: str) -> str:
-    """The nearest field of this group, or of any group if that fits better."""
+def _unknown(value: Any, path: list[str], name: str) -> str:
+    """The nearest field of the group `value`, or of any group if that fits better; path: of `name`, from `value` on."""
+    group, (field, *rest) = name.split(".")[: -len(path)], path
     here = [f.name for f in dataclasses.fields(value)]
-    prefix = name[: len(name) - len(name.split(".", name.count("."))[-1])] if "." in name else ""
     near = difflib.get_close_matches(field, here, 1, 0.6)
     if near:
-        return f"there is no setting {name!r}; did you mean {_joined(name, field, near[0])!r}?"
-    everywhere = {path.split(".")[-1]: path for path in flatten(RunConfig())}
-    near = difflib.get_close_matches(name.split(".")[-1], list(everywhere), 1, 0.6)
+        return f"there is no setting {name!r}; did you mean {'.'.join([*group, near[0], *rest])!r}?"
+    everywhere = {leaf.split(".")[-1]: leaf for leaf in flatten(RunConfig())}
+    near = difflib.get_close_matches(path[-1], list(everywhere), 1, 0.6)
     if near:
         return f"there is no setting {name!r}; did you mean {everywhere[near[0]]!r}?"
-    return f"there is no setting {name!r}; {prefix or 'the configuration '}has {', '.join(here)}"
-
-
-def _joined(name: str, wrong: str, right: str) -> str:
-    return ".".join(right if part == wrong else part for part in name.split("."))
+    return f"there is no setting {name!r}; {'.'.join(group) or 'the configuration'} has {', '.join(here)}"
 
 
 def _parse(text: str, kind: Any, name: str) -> Any:
@@ -110,12 +111,9 @@ def _parse(text: str, kind: Any, name: str) -> Any:
             return False
         raise UserError(f"--set {name}={text}: write true or false")
     if kind is int:
-        number = _number(text, name)
-        if number != int(number):
-            raise UserError(f"--set {name}={text}: it takes a whole number")
-        return int(number)
+        return _whole_number(text, name)
     if kind is float:
-        return float(_number(text, name))
+        return _number(text, name)
     if origin is tuple:
         return _parse_tuple(text, args[0], name)
     raise UserError(f"--set {name}={text}: this field can only be set in the configuration file")
@@ -123,18 +121,30 @@ def _parse(text: str, kind: Any, name: str) -> Any:
 
 def _number(text: str, name: str) -> float:
     try:
-        return int(text.replace("_", "")) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
+        return float(text)
     except ValueError:
         raise UserError(f"--set {name}={text}: it takes a number") from None
 
 
+def _whole_number(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = _number(text, name)  # 1e6 is a whole number too; infinity is none
+    if not number.is_integer():
+        raise UserError(f"--set {name}={text}: it takes a whole number")
+    return int(number)
+
+
 def _parse_tuple(text: str, item: Any, name: str) -> tuple:
     """Comma-separated, or a Python tuple; a tuple of groups takes the value of each group's first field (its path)."""
-    if text[:1] in "([":
+    if text.startswith(("(", "[")):
         try:
-            parts = [str(part) for part in ast.literal_eval(text)]
-        except (ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(f"--set {name}={text}: this is not a Python tuple") from None
+        # ("global") is a string to Python, but who writes it means a tuple of one
+        parts = [str(part) for part in (value if isinstance(value, tuple | list) else [value])]
     else:
         parts = [part.strip() for part in text.split(",") if part.strip()]
     if dataclasses.is_dataclass(item):
@@ -179,8 +189,11 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(text: str) -> RunConfig:
-    """The inverse of `to_json`. Unknown fields (of another version) are an error."""
-    return _build(RunConfig, json.loads(text), "")
+    """The inverse of `to_json`. Raises UserError for what is no JSON and for unknown fields (of another version)."""
+    try:
+        return _build(RunConfig, json.loads(text), "")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
 def _build(kind: Any, value: Any, name: str) -> Any:

@@ -25,8 +25,9 @@ from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# Every shape and dtype that these packages declare is checked while they are traced.
-install_import_hook(["llmos_jax.models", "llmos_jax.train", "pallas_kernels"], "beartype.beartype")
+# Every shape and dtype that the modules with arrays declare is checked while they are traced.
+ARRAY_MODULES = [f"llmos_jax.models.{name}" for name in ("layers", "attention", "moe", "decoder", "generate")]
+install_import_hook([*ARRAY_MODULES, "llmos_jax.train", "pallas_kernels"], "beartype.beartype")
 
 import pytest
 

@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llmos_jax.config import CheckpointConfig, UserError
 from llmos_jax.runtime.distributed import barrier
+from llmos_jax.runtime.workdir import is_remote
 
 SEAL = "seal.json"
 ITEMS = ("params", "rest", "extra")
@@ -41,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig, say: Callable[..., None] = lambda *_, **__: None):
-        self._folder = epath.Path(workdir) / "checkpoints"
+        self._folder = _checkpoints_of(workdir)
         self._say = say
         self._sealing: threading.Thread | None = None
         self._unsealed: list[int] = []
@@ -201,7 +202,7 @@ def load_params(workdir: str | Path, params) -> tuple[int, dict[str, jax.Array]]
 
     Raises UserError where there is none.
     """
-    folder = epath.Path(workdir) / "checkpoints"
+    folder = _checkpoints_of(workdir)
     reader = Checkpoints.__new__(Checkpoints)
     reader._folder = folder
     with ocp.CheckpointManager(
@@ -212,6 +213,11 @@ def load_params(workdir: str | Path, params) -> tuple[int, dict[str, jax.Array]]
                 args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
                 return step, manager.restore(step, args=args).params
     raise UserError(f"there is no whole checkpoint in {folder}; train first, or name another folder")
+
+
+def _checkpoints_of(workdir: str | Path) -> epath.Path:
+    """The folder of checkpoints, as an address or the absolute path that Orbax asks for."""
+    return epath.Path(str(workdir) if is_remote(workdir) else Path(workdir).absolute()) / "checkpoints"
 
 
 def _named_leaves(tree) -> dict[str, Any]:

@@ -170,6 +170,7 @@ class Loop:
         if done is None:
             return True
         values = {name: float(value) for name, value in done.metrics.items()}
+        self.checkpoints.poll()
         verdict = self.judge.judge(values["loss"], bool(values.pop("applied")))
         self.window.add(done, values)
         if done.step % self.config.log.every == 0 or done.step in (1, self.config.train.steps) or verdict != "good":

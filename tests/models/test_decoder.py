@@ -22,7 +22,15 @@ VARIANTS = {
     "local_global": tiny.model(
         BASE, num_layers=3, layer_pattern=("local", "global"), sliding_window=4, rope=RopeConfig(local_theta=100.0)
     ),
-    "moe": tiny.model(BASE, num_layers=3, num_experts=4, moe_mlp_dim=8, num_dense_layers=1),
+    "moe": tiny.model(
+        BASE,
+        num_layers=3,
+        layer_pattern=("local", "global"),
+        sliding_window=4,
+        num_experts=4,
+        moe_mlp_dim=8,
+        num_dense_layers=1,
+    ),
     "gemma": tiny.model(
         BASE,
         qk_norm=True,
@@ -144,9 +152,8 @@ def gradients(config: ModelConfig, params):
     [{"scan_layers": False}, *({"remat": policy} for policy in ("full", "dots", "dots_no_batch"))],
     ids=["unrolled", "full", "dots", "dots_no_batch"],
 )
-@pytest.mark.parametrize("name", ["local_global", "moe"])
-def test_how_it_is_computed_does_not_change_the_gradients(name, changes):
-    config = VARIANTS[name]
+def test_how_it_is_computed_does_not_change_the_gradients(changes):
+    config = VARIANTS["moe"]
     want, got = (gradients(c, params_of(config)) for c in (config, dataclasses.replace(config, **changes)))
     assert got[0] == pytest.approx(float(want[0]), rel=1e-6)
     for path, gradient in want[1].items():
@@ -230,7 +237,9 @@ def test_abstract_parameters_are_those_that_init_makes(name):
     config = dataclasses.replace(VARIANTS[name], param_dtype="bfloat16")
     abstract = abstract_params(config)
     made = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    assert {path: (x.shape, x.dtype) for path, x in made.items()} == {p: (x.shape, x.dtype) for p, x in abstract.items()}
+    assert {path: (x.shape, x.dtype) for path, x in made.items()} == {
+        p: (x.shape, x.dtype) for p, x in abstract.items()
+    }
     assert {path: len(dims) for path, dims in logical_dims(config).items()} == {p: x.ndim for p, x in abstract.items()}
     assert num_params(config) == sum(x.size for x in made.values())
 

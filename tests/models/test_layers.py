@@ -71,7 +71,11 @@ def test_embedding_is_scaled_and_placed():
     embed = Embed(tiny.model(embed_scale=3.0, position="learned"), RNGS)
     w = fill(embed)
     tokens, positions = jnp.array([[3, 63, 0]]), jnp.array([[0, 1, 7]])
-    np.testing.assert_allclose(embed(tokens, positions), w["table"][np.asarray(tokens)] * 3.0 + w["positions"][np.asarray(positions)], rtol=1e-6)
+    np.testing.assert_allclose(
+        embed(tokens, positions),
+        w["table"][np.asarray(tokens)] * 3.0 + w["positions"][np.asarray(positions)],
+        rtol=1e-6,
+    )
 
 
 def test_the_embedding_scale_is_rounded_to_the_compute_dtype():
@@ -138,7 +142,11 @@ def test_frequencies(theta, head_dim):
     check(rope, [llama3(rope, f) for f in unscaled])
     rope = RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=4096)
     check(rope, yarn(rope, head_dim, theta), 0.1 * math.log(4) + 1)
-    check(RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=4096, attention_factor=1.5), yarn(rope, head_dim, theta), 1.5)
+    check(
+        RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=4096, attention_factor=1.5),
+        yarn(rope, head_dim, theta),
+        1.5,
+    )
 
 
 def test_local_layers_keep_their_own_unscaled_base():

@@ -54,7 +54,13 @@ class Case(NamedTuple):
     def expected(self):
         q_ids, kv_ids = self.segment_ids()
         seen = naive.sees(
-            self.queries, self.keys, causal=self.causal, window=self.window, offset=self.starts(), q_ids=q_ids, kv_ids=kv_ids
+            self.queries,
+            self.keys,
+            causal=self.causal,
+            window=self.window,
+            offset=self.starts(),
+            q_ids=q_ids,
+            kv_ids=kv_ids,
         )
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return naive.attention(*self.arrays(), seen, scale=scale, softcap=self.softcap)
@@ -71,7 +77,10 @@ class Case(NamedTuple):
             if q_ids is not None:
                 ids = {name: jnp.asarray(value) for name, value in ids.items()}
             out, pull = jax.vjp(
-                lambda q, k, v: attention(q, k, v, q_offset=offset, implementation=implementation, **options, **ids), q, k, v
+                lambda q, k, v: attention(q, k, v, q_offset=offset, implementation=implementation, **options, **ids),
+                q,
+                k,
+                v,
             )
             return out, *pull(d_out)
 

@@ -39,5 +39,5 @@ def test_sums_over_the_tokens_that_count(name):
 
 def test_an_unknown_objective_is_refused():
     config = dataclasses.replace(CONFIGS["dense"], train=TrainConfig(objective="magic"))
-    with pytest.raises(UserError, match="train.objective='magic' is not known; use causal_lm"):
+    with pytest.raises(UserError, match=r"train\.objective='magic' is not known; use causal_lm"):
         objective(config)

@@ -37,7 +37,14 @@ def toy(seed: int) -> dict[str, np.ndarray]:
 
 def optimized(name: str, **changes) -> dict[str, np.ndarray]:
     """The toy after STEPS updates, each with other gradients."""
-    settings = {"learning_rate": LR, "schedule": "constant", "b1": B1, "b2": B2, "weight_decay": DECAY, "clip_norm": 0.0}
+    settings = {
+        "learning_rate": LR,
+        "schedule": "constant",
+        "b1": B1,
+        "b2": B2,
+        "weight_decay": DECAY,
+        "clip_norm": 0.0,
+    }
     optimizer = make_optimizer(OptimizerConfig(name, **settings | changes), 10, LOGICAL)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), toy(0))
     state = optimizer.init(params)
@@ -119,7 +126,9 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_large_matrix():
 def test_muon_turns_gradients_into_orthogonal_steps():
     """First step, arXiv:2502.16982: U S Vᵀ becomes about 0.2 sqrt(max(in, out)) U Vᵀ for each layer by itself; heads are
     joined with their dimension. What is no matrix of a layer takes Adam's step, with the Nesterov momentum of optax."""
-    settings = OptimizerConfig("muon", learning_rate=LR, schedule="constant", b1=B1, b2=B2, weight_decay=0.0, clip_norm=0.0)
+    settings = OptimizerConfig(
+        "muon", learning_rate=LR, schedule="constant", b1=B1, b2=B2, weight_decay=0.0, clip_norm=0.0
+    )
     optimizer = make_optimizer(settings, 10, LOGICAL)
     params, gradients = ({k: jnp.asarray(v, jnp.float32) for k, v in toy(seed).items()} for seed in (0, 1))
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
