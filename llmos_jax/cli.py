@@ -6,6 +6,7 @@ a signal after saving exits with 0, or with $LLMOS_STOPPED_EXIT_CODE where a lau
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -23,10 +24,19 @@ def say(message: str) -> None:
 def answer(args: argparse.Namespace, value: dict[str, Any], show: Callable[[], None]) -> int:
     """One JSON object with --json, else what `show` prints."""
     if args.json:
-        print(json.dumps(value, default=str))
+        print(json.dumps(_finite(value), default=str))
     else:
         show()
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for the numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -163,7 +173,7 @@ def generate(args: argparse.Namespace) -> int:
         "text": "".join(pieces),
         "tokens": ids,
         "prompt_tokens": len(prompt),
-        "finish_reason": "length" if len(ids) == args.max_tokens else "stop",
+        "finish_reason": "length" if len(ids) == min(args.max_tokens, model.max_seq_len - len(prompt)) else "stop",
         "seconds": {name: round(timings[name], 4) for name in ("compile", "prefill", "decode")},
         "tokens_per_second": round(rate, 2),
     }

@@ -392,6 +392,16 @@ def _check_sharding(config: RunConfig, sizes: dict[str, int]) -> None:
     )
 
 
+_NOT_NEGATIVE = {
+    "model": ("num_experts", "num_dense_layers", "moe_mlp_dim", "router_aux_weight"),
+    "optimizer": ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_ratio"),
+    "train": ("z_loss", "eval_every"),
+    "checkpoint": ("keep_every", "keep_best"),
+    "faults": ("spike_factor", "max_bad_steps", "max_rewinds", "hang_seconds", "grace_seconds"),
+    "data": ("num_threads", "prefetch", "cache_bytes"),
+}
+
+
 def check(config: RunConfig, num_devices: int | None = None) -> None:
     """Raises UserError for the first rule `config` breaks; with `num_devices`, the mesh's rules too."""
     check_model(config.model)
@@ -414,7 +424,14 @@ def check(config: RunConfig, num_devices: int | None = None) -> None:
         optimizer.warmup_steps <= train.steps,
         f"optimizer.warmup_steps={optimizer.warmup_steps} is more than train.steps={train.steps}; lower it",
     )
-    require(optimizer.learning_rate > 0, f"optimizer.learning_rate={optimizer.learning_rate} must be above 0")
+    require(
+        0 < optimizer.learning_rate < math.inf,
+        f"optimizer.learning_rate={optimizer.learning_rate} must be above 0 and finite",
+    )
+    for group, names in _NOT_NEGATIVE.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            require(value >= 0, f"{group}.{name}={value} must not be negative")
     require(0 <= data.eval_fraction < 1, f"data.eval_fraction={data.eval_fraction} must be in [0, 1)")
     require(
         not (data.eval_fraction and data.eval_sources),

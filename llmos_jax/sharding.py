@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmos_jax.config import MESH_AXES, MeshConfig, mesh_shape
+from llmos_jax.config import MESH_AXES, MeshConfig, UserError, mesh_shape
 
 Logical = tuple[str | None, ...]
 
@@ -108,7 +108,10 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     for a, b in rows:
         covered[a:b] = True
     if not covered[start:stop].all():
-        raise AssertionError("a process's rows of the batch are not contiguous")
+        raise UserError(
+            "the mesh gives a process rows of the batch that are not side by side; put mesh.data or mesh.fsdp over the "
+            "processes, and mesh.tensor, mesh.context and mesh.expert inside of one"
+        )
     return slice(start, stop)
 
 

@@ -1,12 +1,17 @@
 """What every test shares: eight simulated devices, a store of compiled programs, checked shapes, a home of its own.
 
 Environment: LLMOS_TEST_PLATFORM (default cpu; "cuda" runs the tests marked gpu) and LLMOS_TEST_CACHE, the folder of
-compiled programs. All of it must be set before jax is first imported, hence at the top of this file.
+compiled programs. All of it must be set before jax is first imported, so nothing here imports it at the top.
 """
 
 import os
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
 
 PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")
 CACHE = os.environ.get("LLMOS_TEST_CACHE") or str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
@@ -21,15 +26,9 @@ if PLATFORM == "cpu":
         flags.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and refuse to start
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
-from hypothesis import HealthCheck, Phase, settings
-from jaxtyping import config as jaxtyping_config
-from jaxtyping import install_import_hook
-
 # Every shape and dtype that the modules with arrays declare is checked while they are traced.
 ARRAY_MODULES = [f"llmos_jax.models.{name}" for name in ("layers", "attention", "moe", "decoder", "generate")]
 install_import_hook([*ARRAY_MODULES, "llmos_jax.train", "pallas_kernels"], "beartype.beartype")
-
-import pytest
 
 # The same examples in every run: a failure can be repeated, and compiled programs are found again. A failing example is
 # not made smaller: each smaller one would be compiled too, and the cases are drawn from small values anyway.

@@ -6,6 +6,8 @@ a wrong weight.
 """
 
 import json
+import logging
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -21,6 +23,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from llmos_jax.config import CheckpointConfig, UserError
 from llmos_jax.runtime.distributed import barrier
 from llmos_jax.runtime.workdir import is_remote
+
+# Orbax remarks on ordinary things (a folder opened read-only) as warnings.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 SEAL = "seal.json"
 ITEMS = ("params", "rest", "extra")
@@ -42,6 +47,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig, say: Callable[..., None] = lambda *_, **__: None):
+        _leave_failures_to_exceptions()
         self._folder = _checkpoints_of(workdir)
         self._say = say
         self._sealing: threading.Thread | None = None
@@ -218,6 +224,22 @@ def load_params(workdir: str | Path, params) -> tuple[int, dict[str, jax.Array]]
 def _checkpoints_of(workdir: str | Path) -> epath.Path:
     """The folder of checkpoints, as an address or the absolute path that Orbax asks for."""
     return epath.Path(str(workdir) if is_remote(workdir) else Path(workdir).absolute()) / "checkpoints"
+
+
+def _leave_failures_to_exceptions() -> None:
+    """Keeps a failed write from being told several times over, with the stacks of the threads that met it.
+
+    Orbax logs what it then raises; and its other writes come to an event loop that the first failure has closed.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(event) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            previous(event)
+
+    if previous.__module__ != __name__:
+        sys.unraisablehook = hook
 
 
 def _named_leaves(tree) -> dict[str, Any]:

@@ -36,11 +36,23 @@ def start() -> None:
         options = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _keep_answers_clean()
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         where = options.get("coordinator_address", "the coordinator")
         raise UserError(f"the other processes were not reached at {where}: {error}") from error
+
+
+def _keep_answers_clean() -> None:
+    """Sends what libraries write to standard output to standard error; Python's own `print` stays where it was.
+
+    Gloo tells of its connections on standard output, where a command's answer belongs.
+    """
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(answers, "w", encoding=sys.stdout.encoding)
 
 
 def prepare_host() -> None:

@@ -12,7 +12,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "tokenizers", "safetensors"),
     *("gguf", "huggingface_hub"),
 )
-OPTIONAL = {"tensorboardX": "TensorBoard files", "wandb": "Weights & Biases", "datasets": "hf: data sources"}
+OPTIONAL = {"wandb": "Weights & Biases", "datasets": "hf: data sources"}
 
 
 def examine() -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Metrics:
             try:
                 self._sinks.append(TensorBoard(Path(workdir) / "tensorboard"))
             except ImportError:
-                _notice("TensorBoard files are not written: tensorboardX is missing (pip install 'llmos-jax[log]')")
+                _notice("TensorBoard files are not written: tensorboardX is missing (pip install tensorboardX)")
         bar = sys.stderr.isatty()
         self._sinks.append(ProgressBar(sys.stderr, total_steps) if bar else PlainLines(total_steps, log.every))
 

@@ -55,7 +55,15 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
     finally:
         metrics.close()
         if is_primary():
-            write_report(run.workdir)
+            _report(run.workdir)
+
+
+def _report(workdir: str) -> None:
+    """Writes the report page; where it cannot be written, that is said and takes nothing from the run."""
+    try:
+        write_report(workdir)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
 
 
 def _watchdog(run: Run, metrics: Metrics) -> Watchdog:
@@ -140,6 +148,7 @@ class Loop:
         self.judge = StepJudge(self.config.faults, extra.get("judge"))
         self.last_eval = extra.get("last_eval", {})
         self.window.tokens_seen = extra.get("tokens_seen", 0.0)
+        self.window.loss = extra.get("loss", math.nan)
         self._seek(int(extra.get("next_batch", 0)))
 
     def _fresh_state(self) -> TrainState:
@@ -229,6 +238,7 @@ class Loop:
             "judge": self.judge.state(),
             "last_eval": self.last_eval,
             "tokens_seen": self.window.tokens_seen,
+            "loss": self.window.loss,
         }
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
         self.checkpoints.save(self.step, state.params, rest, extra, metrics)

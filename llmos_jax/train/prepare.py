@@ -1,5 +1,6 @@
 """What a run needs before its first step: processes, model shape, mesh, tokenizer, data, and a workdir that agrees."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from llmos_jax.runtime.workdir import is_remote, read_file, write_file
 from llmos_jax.sharding import make_mesh, process_rows
 
 Say = Callable[[str], None]
+KEPT = "complete"  # a file that marks a tokenizer's folder as ours
 
 
 class Run(NamedTuple):
@@ -85,12 +87,27 @@ def _tokenizer(config: RunConfig, workdir: str, say: Say) -> Tokenizer:
     if is_remote(workdir):
         return chosen_tokenizer(config, say)
     folder = Path(workdir) / "tokenizer"
-    if not (folder / "complete").exists() and is_primary():
-        tokenizer = chosen_tokenizer(config, say)
-        tokenizer.save(folder)
-        (folder / "complete").touch()
+    # Without a stored configuration, what is there is from a start that was refused, and may not be this run's.
+    started = read_file(workdir, "config.json") is not None and folder.exists()
+    if is_primary() and not started:
+        _keep(chosen_tokenizer(config, say), folder)
     barrier("tokenizer")
     return load_tokenizer(folder)
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `folder` whole or not at all; one that llmos did not write is not touched."""
+    if folder.exists() and not (folder / KEPT).exists():
+        raise UserError(f"{folder} is not from a run; train in a new --workdir")
+    draft = folder.with_name(".tokenizer.new")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        tokenizer.save(draft)
+        (draft / KEPT).touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except OSError as error:
+        raise UserError(f"the workdir {folder.parent} cannot be written: {error}; name another folder") from error
 
 
 def chosen_tokenizer(config: RunConfig, say: Say) -> Tokenizer:

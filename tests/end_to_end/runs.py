@@ -34,7 +34,8 @@ def get_config():
             max_seq_len=64,
         ),
         data=DataConfig(
-            sources=(SourceConfig({corpus!r}),), eval_fraction=0.1, tokenizer="train", cache_dir={cache!r},
+            sources=(SourceConfig({corpus!r}),), eval_fraction=0.1, cache_dir={cache!r},
+            tokenizer="train", tokenizer_vocab_size=312,
         ),
         train=TrainConfig(steps=12, batch_size=8, seq_len=32, eval_batches=2),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
@@ -67,7 +68,9 @@ def start(*args: Any, devices: int = 1, **variables: str) -> subprocess.Popen:
     """`llmos` with `args`, in a process of its own."""
     command = [sys.executable, "-m", "llmos_jax.cli", *map(str, args)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(devices, **variables), cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        command, env=environment(devices, **variables), cwd=ROOT, text=True, stdout=pipe, stderr=pipe
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

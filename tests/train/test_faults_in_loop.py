@@ -1,6 +1,5 @@
 """The loop in trouble: stop signals, steps that are not finite, spikes, and steps that hang."""
 
-import dataclasses
 import math
 import signal
 import time
@@ -15,7 +14,7 @@ from llmos_jax.data import pipeline
 from llmos_jax.train import loop, objectives
 from tests.end_to_end import runs
 
-# Rows of nothing but one of these tokens, which no text becomes, mark a batch that goes wrong.
+# One of these tokens, which the tokenizer does not have, all over a batch makes it go wrong.
 NOT_FINITE, HUGE = 318, 319
 
 
@@ -120,10 +119,9 @@ def poison(monkeypatch):
             return batch if token is None else batch | {"tokens": np.full_like(batch["tokens"], token)}
 
         def objective(run, params, batch):
-            sums = objectives.causal_lm(run, params, batch)
-            factor = jnp.where(jnp.all(batch["tokens"] == HUGE), 100.0, 1.0)
-            factor = jnp.where(jnp.all(batch["tokens"] == NOT_FINITE), jnp.nan, factor)
-            return sums._replace(loss=sums.loss * factor, nll=sums.nll * factor)
+            weight = jnp.where(batch["tokens"] == HUGE, 100.0, batch["loss_mask"])
+            weight = jnp.where(batch["tokens"] == NOT_FINITE, jnp.nan, weight)
+            return objectives.causal_lm(run, params, batch | {"loss_mask": weight})
 
         monkeypatch.setattr(pipeline._Batches, "__getitem__", spoilt)
         monkeypatch.setitem(objectives.OBJECTIVES, "causal_lm", objective)
