@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llmos_jax import __version__
@@ -229,8 +230,8 @@ def export(args: argparse.Namespace) -> int:
     mesh = make_mesh(MeshConfig())
     params = opening.weights_of(source, source.model, mesh)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        huggingface.export(args.to, source.model, params, args.dtype or None, folder)
+        tokenizer.save(Path(folder))
+        huggingface.export(Path(args.to), source.model, params, args.dtype or None, Path(folder))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     value = {"model": args.model, "to": args.to, "parameters": size}
     return answer(args, value, lambda: print(f"exported {size / 1e6:.1f} M parameters to {args.to}"))

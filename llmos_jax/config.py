@@ -426,7 +426,7 @@ def check(config: RunConfig, num_devices: int | None = None) -> None:
     )
     require(
         0 < optimizer.learning_rate < math.inf,
-        f"optimizer.learning_rate={optimizer.learning_rate} must be above 0 and finite",
+        f"optimizer.learning_rate={optimizer.learning_rate} must be above 0",
     )
     for group, names in _NOT_NEGATIVE.items():
         for name in names:

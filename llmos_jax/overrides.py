@@ -147,7 +147,7 @@ def _parse_tuple(text: str, item: Any, name: str) -> tuple:
         parts = [str(part) for part in (value if isinstance(value, tuple | list) else [value])]
     else:
         parts = [part.strip() for part in text.split(",") if part.strip()]
-    if dataclasses.is_dataclass(item):
+    if isinstance(item, type) and dataclasses.is_dataclass(item):
         first = dataclasses.fields(item)[0].name
         return tuple(item(**{first: part}) for part in parts)
     return tuple(_parse(part, item, name) for part in parts)
@@ -197,7 +197,7 @@ def from_json(text: str) -> RunConfig:
 
 
 def _build(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
@@ -231,7 +231,7 @@ FREE_TO_CHANGE = (
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """What stands against resuming `old` as `new`: one line a field whose change would change the run."""
     before, after = flatten(old), flatten(new)
-    free = FREE_TO_CHANGE
+    free: tuple[str, ...] = FREE_TO_CHANGE
     if new.optimizer.schedule in ("constant", "wsd") and new.train.steps > old.train.steps:
         free = (*free, "train.steps")  # the schedule so far was the same: the run may go on for longer
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]

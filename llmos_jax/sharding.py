@@ -102,7 +102,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     sequence or a tensor over processes makes several of them read the same rows, which this allows.
     """
     index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 2**20))
-    rows = [index[0].indices(batch_size)[:2] for index in index_map.values()]
+    rows = [index[0].indices(batch_size)[:2] for index in index_map.values() if index is not None]
     start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
     covered = np.zeros(batch_size, bool)
     for a, b in rows:

@@ -102,7 +102,7 @@ def from_gguf_lists(tokens: list[str], merges: list[str], types: list[int], pre:
         raise UserError(f"the GGUF splits text by {pre!r}, which llmos does not know; it knows {known}")
     splits, ignore_merges, normalizer = GGUF_PRE_TOKENIZERS[pre]
     vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = splits()
     tokenizer.decoder = decoders.ByteLevel()

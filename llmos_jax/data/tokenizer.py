@@ -85,7 +85,8 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """The tokens a model continues: with BOS in front where the tokenizer's own configuration asks for it."""
-        return ([self.bos_id] if self.add_bos else []) + self.encode(text)
+        bos = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        return bos + self.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special)
@@ -179,7 +180,7 @@ class StreamDecoder:
 class _Generation(jinja2.ext.Extension):
     """{% generation %}, by which templates mark the model's own words for training: the body as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser):
         next(parser.stream)
@@ -252,17 +253,19 @@ def _from_files(path: Path) -> Tokenizer:
     texts = {name: _text(_read_json(folder / "special_tokens_map.json").get(name)) for name in _SPECIAL_NAMES}
     texts |= {name: _text(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
     if path.suffix == ".json":
-        backend = json_backend.read_json_tokenizer(path)
+        backend: Backend = json_backend.read_json_tokenizer(path)
     else:
         decoder = config.get("added_tokens_decoder", {})
-        added = {int(i): _text(token) for i, token in decoder.items()}
+        added = {int(i): text for i, token in decoder.items() if (text := _text(token)) is not None}
         special = [int(i) for i, token in decoder.items() if token.get("special")]
         backend = sentencepiece_backend.read_model(path, added, special)
     bos = texts.get("bos_token")
     add_bos = config.get("add_bos_token")
     if add_bos is None:
-        own = isinstance(backend, json_backend.JsonBackend)
-        add_bos = backend.starts_with(backend.token_to_id(bos)) if own and bos else bool(bos)
+        if bos and isinstance(backend, json_backend.JsonBackend):
+            add_bos = backend.starts_with(backend.token_to_id(bos))
+        else:
+            add_bos = bool(bos)
     eos = _read_json(folder / "generation_config.json").get("eos_token_id")
     if eos is None:
         eos = _read_json(folder / "config.json").get("eos_token_id")

@@ -57,6 +57,7 @@ class Attention(nnx.Module):
         if cache is None:
             out = self._attend(q, k, v, segment_ids)
         else:
+            assert offset is not None, "a cache needs the place of its new tokens"
             cache = Cache(_write(cache.k, k, offset), _write(cache.v, v, offset))
             out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, **self._options())
         out = project(out, self.o[...], num_in=2)

@@ -5,7 +5,8 @@ parameters are a flat dict from dotted path ("segments.0.0.attention.q") to arra
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Block(nnx.Module):
         y, aux = self.mlp_norm(x), jnp.zeros((), jnp.float32)
         if self.moe is not None:
             y, aux = self.moe(y, context.token_mask)
-        else:
+        elif self.mlp is not None:
             y = self.mlp(y)
         return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y)), aux, cache
 
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
 
     def _scan(self, x, context: Context):
         aux = jnp.zeros((), jnp.float32)
-        for segment, shape in zip(self.segments, self.config.segments, strict=True):
+        for segment in self.segments:
             graphs, states = zip(*(nnx.split(block) for block in segment), strict=True)
 
             def body(carry, layer, graphs=graphs):
@@ -139,18 +140,25 @@ class Decoder(nnx.Module):
                     aux = aux + extra
                 return (constrain(x, "batch", "sequence", None), aux), None
 
-            unroll = 1 if self.config.scan_layers else shape.repeats
-            (x, aux), _ = jax.lax.scan(rematerialized(body, self.config.remat), (x, aux), states, unroll=unroll)
+            body = rematerialized(body, self.config.remat)
+            if self.config.scan_layers:
+                (x, aux), _ = jax.lax.scan(body, (x, aux), states)
+                continue
+            leaves, structure = jax.tree.flatten(states)
+            for parts in zip(*map(unstack, leaves), strict=True):
+                (x, aux), _ = body((x, aux), jax.tree.unflatten(structure, parts))
         return x, aux
 
     def _unrolled(self, x, context: Context, cache: tuple[Cache, ...]):
-        aux, caches = jnp.zeros((), jnp.float32), []
+        aux = jnp.zeros((), jnp.float32)
+        caches: list[Cache | None] = []
         for layer in range(self.config.num_layers):
             s, j, r = self.config.layer_slot(layer)
             graph, state = nnx.split(self.segments[s][j])
             values = {path: variable.get_value()[r] for path, variable in nnx.to_flat_state(state)}
             x, extra, layer_cache = _merge(graph, values)(x, context, cache[layer])
-            aux, caches = aux + extra, [*caches, layer_cache]
+            aux = aux + extra
+            caches.append(layer_cache)
         return x, aux, tuple(caches)
 
 
@@ -158,6 +166,15 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.embed_dim, config.vocab_size)
         self.kernel = parameter(rngs, config, (), shape, ("embed", "vocab"), INIT_STD)
+
+
+@jax.custom_vjp
+def unstack(stacked: Float[Array, "R *rest"]) -> tuple[Array, ...]:
+    """The parts of a stack. Their gradients are stacked once; those of slices would each be padded to the whole stack."""
+    return tuple(stacked[i] for i in range(stacked.shape[0]))
+
+
+unstack.defvjp(lambda stacked: (unstack(stacked), None), lambda _, parts: (jnp.stack(parts),))
 
 
 def rematerialized(body, policy: str):
@@ -192,7 +209,7 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _merge(graph, values: dict[tuple, jax.Array]):
+def _merge(graph, values: Mapping[tuple, Any]):
     return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(value)) for path, value in values.items()]))
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +85,12 @@ class Generator:
     def logits(self, tokens: list[int]) -> Float[Array, "T V"]:
         """Logits at every position of a text, float32."""
 
+        abstract = _abstract_cache(self._model, self._mesh, len(tokens))
+
         def score(params, tokens):
             model = bind(self._model, params)
-            return model.logits(model(tokens).hidden)[0]
+            cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+            return model.logits(model(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]
 
         ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32)
         program = Program("score", score, (_abstract(self._params), ids), self._mesh).compile()
@@ -111,10 +115,10 @@ def _abstract(params):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
 
 
-def _abstract_cache(model: ModelConfig, mesh: Mesh, size: int) -> tuple[Cache, ...]:
+def _abstract_cache(model: ModelConfig, mesh: Mesh, size: int) -> tuple[Any, ...]:
     place = sharding(mesh, (None, None, "kv_heads", None))
     shape = (1, size, model.num_kv_heads, model.head_dim)
-    layer = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=place)
+    layer: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=place)
     return (Cache(layer, layer),) * model.num_layers
 
 

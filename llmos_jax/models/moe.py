@@ -72,7 +72,7 @@ def _run_experts(num_experts: int, act: str, x, weights, chosen, gate, up, down)
     split = axis_size("expert")
     shape = x.shape
     x, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-    first = 0
+    first: int | jax.Array = 0
     if split > 1:
         x, weights, chosen = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, weights, chosen))
         first = jax.lax.axis_index("expert") * (num_experts // split)

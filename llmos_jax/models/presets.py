@@ -1,11 +1,12 @@
 """Well-known models as ModelConfig values, each as its published `config.json` says it."""
 
 import math
+from typing import Any
 
 from llmos_jax.config import ModelConfig, RopeConfig
 
-_LLAMA3 = {"vocab_size": 128_256, "head_dim": 128, "num_kv_heads": 8, "norm_eps": 1e-5}
-_QWEN3 = {
+_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "head_dim": 128, "num_kv_heads": 8, "norm_eps": 1e-5}
+_QWEN3: dict[str, Any] = {
     "vocab_size": 151_936,
     "head_dim": 128,
     "max_seq_len": 40_960,
@@ -13,7 +14,7 @@ _QWEN3 = {
     "qk_norm": True,
     "rope": RopeConfig(theta=1_000_000.0),
 }
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     "activation": "gelu_tanh",
     "norm_eps": 1e-6,
     "norm_offset": True,

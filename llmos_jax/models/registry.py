@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -256,8 +257,11 @@ def _write_rope(config: dict[str, Any], family: Family, model: ModelConfig) -> N
 class GGUFMetadata(Protocol):
     """What is used of `gguf.GGUFReader`: its fields and the list of its tensors."""
 
-    fields: dict[str, Any]
-    tensors: list[Any]
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> list[Any]: ...
 
 
 # Key of a GGUF, without the architecture's prefix -> key of config.json.

@@ -5,6 +5,7 @@ checksums is written beside them, because the stored arrays carry none and a fli
 a wrong weight.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -112,14 +113,14 @@ class Checkpoints:
         Damaged ones are set aside (renamed, never deleted) and said. UserError if there are some but none is whole.
         """
         self._report_torn()
-        damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = _agree(lambda step=step: self._verify(step))
+            problem = _agree(functools.partial(self._verify, step))
             if problem is None:
                 return self._read(step, params, rest)
-            damaged.append(step)
             self._say("checkpoint_damaged", step, problem=problem)
             self._set_aside(step)
+        # Those of earlier starts too: a command that is simply repeated must not begin anew.
+        damaged = {int(entry.name.split(".")[0]) for entry in self._folder.glob("*.damaged*")}
         if damaged:
             raise UserError(
                 f"every checkpoint in {self._folder} is damaged (steps {', '.join(map(str, sorted(damaged)))}; kept there "
@@ -229,9 +230,11 @@ def _checkpoints_of(workdir: str | Path) -> epath.Path:
 def _leave_failures_to_exceptions() -> None:
     """Keeps a failed write from being told several times over, with the stacks of the threads that met it.
 
-    Orbax logs what it then raises; and its other writes come to an event loop that the first failure has closed.
+    Orbax logs what it then raises; its other writes fail without anyone waiting for them, some of them after the event
+    loop is closed.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     previous = sys.unraisablehook
 
     def hook(event) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ def start() -> None:
     if given and len(given) < len(ENVIRONMENT):
         missing = ", ".join(name for name in ENVIRONMENT if name not in given)
         raise UserError(f"{' and '.join(given)} is set but not {missing}; set all three, or none for a single process")
-    options = {}
+    options: dict[str, Any] = {}
     if given:
         coordinator, *numbers = (os.environ[name] for name in ENVIRONMENT)
         if not all(number.isdigit() for number in numbers):
@@ -75,7 +76,7 @@ def prepare_host() -> None:
 
 def cache_programs() -> None:
     """Keeps compiled programs on disk between processes, in $LLMOS_HOME/programs unless jax was told a place."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(home() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

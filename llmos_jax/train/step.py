@@ -30,7 +30,7 @@ def _optimizer(config: RunConfig) -> optax.GradientTransformation:
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; no memory is taken."""
-    params = abstract_params(config.model, mesh)
+    params: Any = abstract_params(config.model, mesh)
     optimizer, alone = _optimizer(config), replicated(mesh)
     shardings = state_shardings(optimizer, params, {path: leaf.sharding for path, leaf in params.items()}, alone)
     opt_state = jax.tree.map(
@@ -39,12 +39,9 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
         shardings,
     )
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    return TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=alone),
-        params,
-        opt_state,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=alone),
-    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
+    rng: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=alone)
+    return TrainState(step, params, opt_state, rng)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

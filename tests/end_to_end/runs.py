@@ -22,7 +22,10 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 90.0  # seconds; a command of this size that takes longer is broken
-WORDS = "the cat dog sat on a mat house red blue ran to from under over big small sky sun moon".split()
+WORDS = [
+    *("the", "cat", "dog", "sat", "on", "a", "mat", "house", "red", "blue"),
+    *("ran", "to", "from", "under", "over", "big", "small", "sky", "sun", "moon"),
+]
 CONFIG = """
 from llmos_jax.config import *
 

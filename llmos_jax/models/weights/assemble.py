@@ -58,7 +58,7 @@ def _place(source: Source, slot: Slot, layer: int | None, shape, dtype, sharding
         return np.ascontiguousarray(source.read(slot.entry, layer, index).astype(dtype, copy=False))
 
     # Transfers are asynchronous: without the wait, layers would pile up on the host.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))  # type: ignore[arg-type]
 
 
 def _without_layers(sharding: Sharding) -> Sharding:

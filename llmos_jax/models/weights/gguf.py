@@ -111,7 +111,7 @@ class _Gguf:
 
     def check(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> None:
         """UserError unless the file holds the model's tensors, each of its shape, and no others."""
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for slot in slots(self.model, abstract):
             expected |= dict.fromkeys(self._names(slot), self.shape(slot.entry))
         missing = [name for name in expected if name not in self.tensors]
@@ -143,7 +143,7 @@ class _Gguf:
                 array = undo(array, self.model)
         everything = (slice(None),) * len(entry.layout.ours)
         if entry.has_experts:
-            return np.stack([entry.read(lambda parts, a=one: a[parts], everything, self.sizes) for one in array])
+            return np.stack([entry.read(one.__getitem__, everything, self.sizes) for one in array])
         return entry.read(lambda parts: array[parts], everything, self.sizes)
 
     def _dequantized(self, name: str) -> np.ndarray:

@@ -92,7 +92,7 @@ class _Safetensors:
 
     def check(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> None:
         """UserError unless the files hold the model's tensors, each of its shape, and no others."""
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for slot in slots(self.model, abstract):
             shape = slot.entry.file_shape(self.sizes)
             expected |= dict.fromkeys(slot.file_names(self.model), shape)
@@ -119,7 +119,7 @@ class _Safetensors:
         experts = range(*index[0].indices(self.model.num_experts))
         return np.stack(
             [
-                entry.read(lambda parts, e=expert: self.slices[entry.name(layer, e)][parts], index[1:], self.sizes)
+                entry.read(self.slices[entry.name(layer, expert)].__getitem__, index[1:], self.sizes)
                 for expert in experts
             ]
         )
@@ -202,7 +202,9 @@ class _Pieces:
     """Layers of parameters on the host, the last one kept: the experts of a layer are written one after the other."""
 
     def __init__(self, params: dict[str, jax.Array]):
-        self.params, self.key, self.value = params, None, None
+        self.params = params
+        self.key: tuple[str, int | None] | None = None
+        self.value = np.zeros(0)
 
     def get(self, path: str, i: int | None) -> np.ndarray:
         if self.key != (path, i):

@@ -46,7 +46,9 @@ class Layout:
         wanted = {
             letter: slice(*part.indices(sizes[letter])[:2]) for letter, part in zip(self.ours, index, strict=True)
         }
-        parts, left_over, local = [], {}, {}
+        parts: list[slice] = []
+        left_over: dict[str, slice] = {}
+        local: dict[str, int] = {}
         for first, *inner in self.file:
             if all(wanted[letter] == slice(0, sizes[letter]) for letter in inner):
                 stride = math.prod(sizes[letter] for letter in inner)
