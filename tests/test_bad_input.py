@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
+from llmos_jax import opening
 from llmos_jax.cli import main
 from tests.end_to_end import runs
 from tests.models import golden
@@ -105,8 +106,22 @@ def test_settings_that_do_not_fit(refused, config, tmp_path, settings, message):
     said = refused("train", config, "--workdir", tmp_path / "w", "--set", *settings)
     assert message in said
     assert not (tmp_path / "w" / "metrics.jsonl").exists()
-    # The workdir is as good as new: the same command with the mistake mended goes through.
-    assert main(["train", str(config), "--workdir", str(tmp_path / "w"), "--stop-at", "1"]) == 0
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_a_refused_start_leaves_a_workdir_as_good_as_new(refused, config, tmp_path):
+    """The tokenizer of the start that was refused is not that of the run which then begins."""
+    train = ["train", config, "--workdir", tmp_path / "w"]
+    refused(*train, "--set", "data.tokenizer_vocab_size=400")
+    assert main([str(a) for a in [*train, "--stop-at", "1"]]) == 0
+    assert opening.tokenizer_of(opening.find(str(tmp_path / "w"))).vocab_size == 312
+
+
+def test_a_tokenizer_of_someone_else_is_left_alone(refused, config, tmp_path):
+    (tmp_path / "w" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "w" / "tokenizer" / "tokenizer.json").write_text("mine")
+    assert "is not from a run" in refused("train", config, "--workdir", tmp_path / "w")
+    assert contents(tmp_path / "w") == {"tokenizer/tokenizer.json": b"mine"}
 
 
 def test_a_configuration_that_is_not_there(refused, config, tmp_path):
@@ -358,6 +373,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))  # of every file, as if the disk were full
+from llmos_jax import opening
 from llmos_jax.cli import main
 sys.exit(main(sys.argv[1:]))
 """
