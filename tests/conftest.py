@@ -17,6 +17,7 @@ PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")
 CACHE = os.environ.get("LLMOS_TEST_CACHE") or str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 
 os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ.setdefault("PJRT_NPROC", "32")  # threads enough for eight devices to meet in a collective, on any machine
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if PLATFORM == "cpu":

@@ -76,7 +76,7 @@ class Metrics:
             try:
                 self._sinks.append(TensorBoard(Path(workdir) / "tensorboard"))
             except ImportError:
-                _notice("TensorBoard files are not written: tensorboardX is missing (pip install tensorboardX)")
+                _notice("TensorBoard files are not written; pip install tensorboardX brings them back")
         bar = sys.stderr.isatty()
         self._sinks.append(ProgressBar(sys.stderr, total_steps) if bar else PlainLines(total_steps, log.every))
 
