@@ -269,7 +269,10 @@ def test_jobset_for_a_tpu_slice(bare):
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["env"] == [{"name": "LLMOS_DISTRIBUTED", "value": "1"}]
+    assert container["env"] == [
+        {"name": "LLMOS_STOPPED_EXIT_CODE", "value": "75"},
+        {"name": "LLMOS_DISTRIBUTED", "value": "1"},
+    ]
     assert container["command"] == AWKWARD
     assert pod["serviceAccountName"] == "writer" and pod["terminationGracePeriodSeconds"] == 90
 
@@ -293,6 +296,7 @@ def test_jobset_for_gpus(bare):
     env = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     assert env == {
+        "LLMOS_STOPPED_EXIT_CODE": "75",
         "LLMOS_COORDINATOR": "run1-worker-0-0.run1:8476",
         "LLMOS_NUM_PROCESSES": "2",
         "LLMOS_PROCESS_ID": index,
