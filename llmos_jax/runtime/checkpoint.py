@@ -114,7 +114,7 @@ class Checkpoints:
         """
         self._report_torn()
         for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = _agree(functools.partial(self._verify, step))
+            problem = _agree(functools.partial(_problem, self._step_folder(step)))
             if problem is None:
                 return self._read(step, params, rest)
             self._say("checkpoint_damaged", step, problem=problem)
@@ -147,23 +147,6 @@ class Checkpoints:
 
     def _step_folder(self, step: int) -> epath.Path:
         return self._folder / str(step)
-
-    def _verify(self, step: int) -> str | None:
-        """What is wrong with the files of `step`, or None. One without a seal was killed right after its commit."""
-        folder = self._step_folder(step)
-        if not (folder / SEAL).exists():
-            missing = [name for name in ITEMS if not (folder / name).exists()]
-            return f"{missing[0]} is missing" if missing else None
-        try:
-            sealed = json.loads((folder / SEAL).read_text())
-            for name, entry in sealed.items():
-                if not (folder / name).exists():
-                    return f"{name} is missing"
-                if _checksum(folder / name) != entry:
-                    return f"{name} has changed since it was written"
-        except (OSError, ValueError, AttributeError) as error:
-            return _first_line(error)
-        return None
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -210,16 +193,31 @@ def load_params(workdir: str | Path, params) -> tuple[int, dict[str, jax.Array]]
     Raises UserError where there is none.
     """
     folder = _checkpoints_of(workdir)
-    reader = Checkpoints.__new__(Checkpoints)
-    reader._folder = folder
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False), item_names=ITEMS
     ) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
-            if reader._verify(step) is None:
+            if _problem(folder / str(step)) is None:
                 args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
                 return step, manager.restore(step, args=args).params
     raise UserError(f"there is no whole checkpoint in {folder}; train first, or name another folder")
+
+
+def _problem(folder: epath.Path) -> str | None:
+    """What is wrong with the files of one checkpoint, or None. One without a seal was killed right after its commit."""
+    if not (folder / SEAL).exists():
+        missing = [name for name in ITEMS if not (folder / name).exists()]
+        return f"{missing[0]} is missing" if missing else None
+    try:
+        sealed = json.loads((folder / SEAL).read_text())
+        for name, entry in sealed.items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if _checksum(folder / name) != entry:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return _first_line(error)
+    return None
 
 
 def _checkpoints_of(workdir: str | Path) -> epath.Path:

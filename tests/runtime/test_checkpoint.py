@@ -14,7 +14,7 @@ import pytest
 
 from llmos_jax.config import CheckpointConfig, OptimizerConfig, UserError
 from llmos_jax.models.decoder import abstract_params
-from llmos_jax.runtime.checkpoint import SEAL, Checkpoints, load_params
+from llmos_jax.runtime.checkpoint import SEAL, Checkpoints, _problem, load_params
 from llmos_jax.train import step as programs
 from tests import tiny
 
@@ -160,9 +160,12 @@ def test_a_flipped_bit_in_any_file_is_found(three_steps, tmp_path):
         if not (tmp_path / name).stat().st_size:
             continue
         before = (tmp_path / name).read_bytes()
-        assert checkpoints._verify(3) is None
+        assert _problem(checkpoints._step_folder(3)) is None
         flip(tmp_path / name)
-        assert checkpoints._verify(3) == f"{name.relative_to('checkpoints/3')} has changed since it was written"
+        assert (
+            _problem(checkpoints._step_folder(3))
+            == f"{name.relative_to('checkpoints/3')} has changed since it was written"
+        )
         (tmp_path / name).write_bytes(before)
     checkpoints.close()
 
