@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
 from llmos_jax.sharding import axis_size, constrain
+from pallas_kernels.cpu import matmul
 
 INIT_STD = 0.02
 
@@ -91,7 +92,8 @@ def project(x: Array, weight: Array, num_in: int = 1) -> Array:
     matrix = weight.reshape(size, -1).astype(x.dtype)
     tokens = x.shape[: x.ndim - num_in]
     flat = (-1,) if axis_size("context") == 1 else tokens
-    return (x.reshape(*flat, size) @ matrix).reshape(*tokens, *out)
+    x = x.reshape(*flat, size)
+    return (matmul(x, matrix) if x.ndim == 2 else x @ matrix).reshape(*tokens, *out)
 
 
 class Mlp(nnx.Module):

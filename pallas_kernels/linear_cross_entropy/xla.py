@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cpu import dot, transpose
+
 CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
 
 
@@ -28,9 +30,8 @@ def _forward(options, x, w, labels, weights):
     def add(total, chunk):
         loss, nll, gradient = _chunk_loss(options, w, *chunk)
         d_logits = gradient().astype(x.dtype)
-        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        dx = product(d_logits, w if transposed else w.T)
-        dw = product(d_logits.T, chunk[0]) if transposed else product(chunk[0].T, d_logits)
+        dx = dot(d_logits, w if transposed else transpose(w))
+        dw = dot(transpose(d_logits), chunk[0]) if transposed else dot(transpose(chunk[0]), d_logits)
         return (total[0] + loss, total[1] + nll, total[2] + dw), dx.astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
@@ -72,7 +73,7 @@ def _chunks(options, x, w, labels, weights):
 def _chunk_loss(options, w, x, labels, weights):
     """Weighted loss and negative log-likelihood of one chunk, and a function for the gradient of its logits."""
     transposed, z_loss, softcap, vocab_axis = options
-    logits = jnp.dot(x, w.T if transposed else w, preferred_element_type=jnp.float32)
+    logits = dot(x, transpose(w) if transposed else w)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if vocab_axis is not None:
