@@ -1,0 +1,48 @@
+"""Products in bfloat16 that XLA's CPU backend computes at full speed.
+
+It has a fast kernel (AMX, AVX512-BF16) for one form only: row-major [M, K] times row-major [K, N], summed in float32.
+Any transposed operand, and a sum in bfloat16, falls back to converting everything to float32, five times slower. XLA
+turns a transposed operand into a layout of the product, so the transpose has to be hidden from it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+NUM_PARTS = 16  # of a transpose: fewer are slower to write
+
+
+def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """x w in x's dtype, summed in float32, whose gradients too are products of the fast form."""
+    return _matmul(x, w) if x.dtype == jnp.bfloat16 else x @ w
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    return dot(x, w).astype(x.dtype)
+
+
+def _backward(residuals, g):
+    x, w = residuals
+    return dot(g, transpose(w)).astype(x.dtype), dot(transpose(x), g).astype(w.dtype)
+
+
+_matmul.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _backward)
+
+
+def dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """a b in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def transpose(x: Float[Array, "M N"]) -> Float[Array, "N M"]:
+    """x.T; on a CPU a bfloat16 one is written out, which XLA does not undo."""
+    if x.dtype != jnp.bfloat16:
+        return x.T
+    return jax.lax.platform_dependent(x, cpu=_written_out, default=jnp.transpose)
+
+
+def _written_out(x):
+    size = -(-x.shape[0] // NUM_PARTS)
+    return jnp.concatenate([x[start : start + size].T for start in range(0, x.shape[0], size)], axis=1)
