@@ -7,7 +7,7 @@ turns a transposed operand into a layout of the product, so the transpose has to
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
@@ -36,13 +36,16 @@ def dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "M N"]:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def transpose(x: Float[Array, "M N"]) -> Float[Array, "N M"]:
-    """x.T; on a CPU a bfloat16 one is written out, which XLA does not undo."""
+def transpose(x: Float[Array, "*batch M N"]) -> Float[Array, "*batch N M"]:
+    """The last two dimensions swapped; on a CPU a bfloat16 one is written out, which XLA does not undo."""
     if x.dtype != jnp.bfloat16:
-        return x.T
-    return jax.lax.platform_dependent(x, cpu=_written_out, default=jnp.transpose)
+        return x.mT
+    return lax.platform_dependent(x, cpu=_written_out, default=jnp.matrix_transpose)
 
 
 def _written_out(x):
-    size = -(-x.shape[0] // NUM_PARTS)
-    return jnp.concatenate([x[start : start + size].T for start in range(0, x.shape[0], size)], axis=1)
+    bits = lax.bitcast_convert_type(x, jnp.uint16)  # it would convert floats to float32 on the way
+    size = -(-x.shape[-2] // NUM_PARTS)
+    ends = [(at, min(at + size, x.shape[-2])) for at in range(0, x.shape[-2], size)]
+    parts = [lax.slice_in_dim(bits, start, end, axis=-2).mT for start, end in ends]
+    return lax.bitcast_convert_type(jnp.concatenate(parts, axis=-1), x.dtype)

@@ -2,82 +2,143 @@
 
 Memory is linear in the sequence: only the output and the log-sum-exp of a row are kept. With a static `q_offset` the
 causal mask and the window cut each block's keys to a static range, so about half of the products are never computed.
+
+Scores stand transposed, keys in rows: then every product of the forward and the backward pass but one multiplies
+matrices as they lie, and the softmax reduces over rows, which vectorises. On a CPU a few heads are taken at a time,
+so that their scores stay in the cache.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.attention.reference import NEG_INF, mask
+from pallas_kernels.cpu import transpose
 
-BLOCK_Q = 128  # small enough that a block's scores stay in a CPU's cache
+BLOCK_Q = 128
+MAX_BLOCKS = 32  # a program has every block of queries in it
+FEW_QUERIES = 8  # as in decoding: their scores are small, and a product of so few columns is slow
+CPU_SCORES = 2**18  # held at once: 1 MiB of a core's cache
+
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(q, k, v, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale):
     """See `api.attention`."""
-    segments = None if q_segment_ids is None else (q_segment_ids, kv_segment_ids)
+    batch, num_queries, _, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    if num_queries <= FEW_QUERIES:
+        everything = slice(0, num_queries), slice(0, k.shape[1])
+        seen = _seen(causal, window, *everything, (q_segment_ids, kv_segment_ids), q_offset)
+        return _decode(q, k, v, seen, softcap, scale)
     static = isinstance(q_offset, int)
     options = (causal, window, softcap, scale, q_offset if static else None)
-    offset = None if static else jnp.broadcast_to(jnp.asarray(q_offset), (q.shape[0],))
-    q_BKGTH = _group(q, k.shape[2])
-    out_BKGTH = _attention(options, q_BKGTH, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, offset)
-    return _ungroup(out_BKGTH)
+
+    def per_head(x):  # of a sequence -> of each of its key heads
+        return None if x is None else jnp.repeat(x, num_kv_heads, axis=0)
+
+    q_CGTH = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    k_CSH, v_CSH = (x.swapaxes(1, 2).reshape(-1, x.shape[1], head_dim) for x in (k, v))
+    offset = None if static else per_head(jnp.broadcast_to(jnp.asarray(q_offset), (batch,)))
+    segments = (per_head(q_segment_ids), per_head(kv_segment_ids))
+    out_CGTH = _attention(options, q_CGTH.reshape(-1, *q_CGTH.shape[2:]), k_CSH, v_CSH, segments, offset)
+    return out_CGTH.reshape(q_CGTH.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _decode(q, k, v, seen, softcap, scale):
+    """All scores at once, as the reference has them, in float32. seen: bool [B or 1, T, S]."""
+    q_BTKGH = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = product("btkgh,bskh->bkgts", q_BTKGH, k) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = seen[:, None, None]
+    scores = jnp.where(seen, scores, NEG_INF)
+    p = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+    total = jnp.sum(p, axis=-1)[..., None]
+    out = product("bkgts,bskh->bkgth", p.astype(v.dtype), v) / jnp.where(total == 0, 1.0, total)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q_BKGTH, k_BKSH, v_BKSH, segments, offset):
-    return _forward(options, q_BKGTH, k_BKSH, v_BKSH, segments, offset)[0]
+def _attention(options, q, k, v, segments, offset):
+    """q [C, G, T, H], k and v [C, S, H]: C key heads of all sequences, each with its G query heads."""
+    return _forward(options, q, k, v, segments, offset)[0]
 
 
 def _forward(options, q, k, v, segments, offset):
-    outputs, sums = [], []
-    for block in _blocks(options, q.shape[3], k.shape[2]):
-        rows, keys = block
-        scores, seen, _ = _scores(options, block, q[:, :, :, rows], k[:, :, keys], segments, offset)
-        top = jnp.max(jnp.where(seen, scores, NEG_INF), axis=-1, keepdims=True)
-        p = jnp.where(seen, jnp.exp(scores - top), 0.0)
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        total = jnp.where(total == 0, 1.0, total)
-        out = product("bkrs,bksh->bkrh", _join_rows(p).astype(v.dtype), v[:, :, keys])
-        outputs.append((_split_rows(out, q.shape[2]) / total).astype(q.dtype))
-        sums.append(top + jnp.log(total))
-    out = jnp.concatenate(outputs, axis=3)
-    return out, (q, k, v, segments, offset, out, sums)
+    args = (q, k, v, segments, offset)
+    out, lse = _few_heads_at_a_time(functools.partial(_forward_block, options), args)
+    return out, (args, out, lse)
 
 
 def _backward(options, residuals, d_out):
-    q, k, v, segments, offset, out, sums = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
-    dq = []
-    for block, lse in zip(_blocks(options, q.shape[3], k.shape[2]), sums, strict=True):
-        rows, keys = block
-        q_rows, g_rows = _join_rows(q[:, :, :, rows]), _join_rows(d_out[:, :, :, rows])
-        scores, seen, slope = _scores(options, block, q[:, :, :, rows], k[:, :, keys], segments, offset)
-        p = jnp.where(seen, jnp.exp(scores - lse), 0.0)
-        dp = _split_rows(product("bkrh,bksh->bkrs", g_rows, v[:, :, keys]), q.shape[2])
-        ds = _join_rows(p * (dp - delta[:, :, :, rows]) * slope * options[3]).astype(q.dtype)
-        p = _join_rows(p)
-        # Keys last: the transposed product is the slow one on a CPU, and this form transposes its small operand.
-        pad = [(0, 0)] * 3 + [(keys.start, k.shape[2] - keys.stop)]
-        dv = dv + jnp.pad(product("bkrs,bkrh->bkhs", p.astype(v.dtype), g_rows), pad)
-        dk = dk + jnp.pad(product("bkrs,bkrh->bkhs", ds, q_rows), pad)
-        dq.append(_split_rows(product("bkrs,bksh->bkrh", ds, k[:, :, keys]), q.shape[2]).astype(q.dtype))
-    return jnp.concatenate(dq, axis=3), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None, None
+    (q, k, v, segments, offset), out, lse = residuals
+    args = (q, k, v, segments, offset, out, lse, d_out)
+    return *_few_heads_at_a_time(functools.partial(_backward_block, options), args), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
+def _few_heads_at_a_time(run, args):
+    """run(*args), on a CPU over chunks of the first dimension."""
+    heads, group, num_queries, _ = args[0].shape
+    fitting = max(1, CPU_SCORES // (min(num_queries, BLOCK_Q) * group * args[1].shape[1]))
+    chunk = max(size for size in range(1, heads + 1) if heads % size == 0 and size <= fitting)
+
+    def in_chunks(*args):
+        split = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), args)
+        return jax.tree.map(lambda x: x.reshape(heads, *x.shape[2:]), lax.map(lambda part: run(*part), split))
+
+    return run(*args) if chunk == heads else lax.platform_dependent(*args, cpu=in_chunks, default=run)
+
+
+def _forward_block(options, q, k, v, segments, offset):
+    """Output [C, G, T, H] and log-sum-exp [C, G, T] of the heads given."""
+    q_CGHT, v_CHS = transpose(q), transpose(v)
+    outputs, sums = [], []
+    for rows, keys in _blocks(options, q.shape[2], k.shape[1]):
+        scores, seen, _ = _scores(options, rows, keys, q_CGHT, k, segments, offset)
+        top = jnp.max(jnp.where(seen, scores, NEG_INF), axis=1, keepdims=True)
+        p = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        total = jnp.sum(p, axis=1, keepdims=True)
+        total = jnp.where(total == 0, 1.0, total)
+        out = _split(product("chs,csr->chr", v_CHS[:, :, keys], _join(p).astype(v.dtype)), q.shape[1])
+        outputs.append((out / total).astype(q.dtype))
+        sums.append(top + jnp.log(total))
+    out_CHGT, lse_C1GT = jnp.concatenate(outputs, axis=3), jnp.concatenate(sums, axis=3)
+    return out_CHGT.transpose(0, 2, 3, 1), lse_C1GT[:, 0]
+
+
+def _backward_block(options, q, k, v, segments, offset, out, lse, d_out):
+    """Gradients of q, k and v of the heads given (arXiv:2205.14135, algorithm 4, whole rows of keys at a time)."""
+    group, num_keys = q.shape[1], k.shape[1]
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    q_CGHT, g_CGHT, k_CHS = transpose(q), transpose(d_out), transpose(k)
+    dk = dv = jnp.zeros(k.shape, jnp.float32)
+    dq = []
+    for rows, keys in _blocks(options, q.shape[2], num_keys):
+        scores, seen, slope = _scores(options, rows, keys, q_CGHT, k, segments, offset)
+        p = jnp.where(seen, jnp.exp(scores - lse[:, None, :, rows]), 0.0)
+        dp = _split(product("csh,chr->csr", v[:, keys], _columns(g_CGHT, rows)), group)
+        ds = _join(p * (dp - delta[:, None, :, rows]) * slope * options[3]).astype(q.dtype)
+        p = _join(p).astype(v.dtype)
+        pad = [(0, 0), (keys.start, num_keys - keys.stop), (0, 0)]
+        dv = dv + jnp.pad(product("csr,crh->csh", p, _rows(d_out, rows)), pad)
+        dk = dk + jnp.pad(product("csr,crh->csh", ds, _rows(q, rows)), pad)
+        dq.append(_split(product("chs,csr->chr", k_CHS[:, :, keys], ds), group).astype(q.dtype))
+    return jnp.concatenate(dq, axis=3).transpose(0, 2, 3, 1), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
 def _blocks(options, num_queries: int, num_keys: int) -> list[tuple[slice, slice]]:
     """The blocks of query rows, each with the range of keys that any of its rows can see."""
     causal, window, _, _, offset = options
+    size = max(BLOCK_Q, -(-num_queries // MAX_BLOCKS))
     blocks = []
-    for start in range(0, num_queries, BLOCK_Q):
-        rows = slice(start, min(start + BLOCK_Q, num_queries))
+    for start in range(0, num_queries, size):
+        rows = slice(start, min(start + size, num_queries))
         first, last = 0, num_keys
         if offset is not None and causal:
             last = min(max(rows.stop + offset, 1), num_keys)
@@ -87,42 +148,42 @@ def _blocks(options, num_queries: int, num_keys: int) -> list[tuple[slice, slice
     return blocks
 
 
-def _scores(options, block, q_BKGTH, k_BKSH, segments, offset):
-    """Capped scores [B, K, G, T, S] in float32, which of them count, and the softcap's derivative."""
+def _scores(options, rows, keys, q_CGHT, k, segments, offset):
+    """Capped scores [C, S, G, R] in float32, which of them count, and the softcap's derivative."""
     causal, window, softcap, scale, static_offset = options
-    rows, keys = block
-    scores = _split_rows(product("bkrh,bksh->bkrs", _join_rows(q_BKGTH), k_BKSH), q_BKGTH.shape[2]) * scale
+    scores = _split(product("csh,chr->csr", k[:, keys], _columns(q_CGHT, rows)), q_CGHT.shape[1]) * scale
     slope: Array | float = 1.0
     if softcap is not None:
         squashed = jnp.tanh(scores / softcap)
         scores, slope = softcap * squashed, 1.0 - squashed**2
     seen = _seen(causal, window, rows, keys, segments, static_offset if offset is None else offset)
-    return scores, seen[:, None, None], slope
+    return scores, seen.swapaxes(1, 2)[:, :, None], slope
 
 
 def _seen(causal, window, rows, keys, segments, offset):
-    """Which key of the block a query row sees: bool [B or 1, rows, keys]."""
+    """Which key of the block a query row sees: bool [C or 1, rows, keys]."""
     q_index = jnp.arange(rows.start, rows.stop) + jnp.reshape(jnp.asarray(offset), (-1, 1))
-    q_ids, kv_ids = (None, None) if segments is None else (segments[0][:, rows], segments[1][:, keys])
+    q_ids, kv_ids = (None if ids is None else ids[:, part] for ids, part in zip(segments, (rows, keys), strict=True))
     kv_index = jnp.arange(keys.start, keys.stop)
     return mask(q_index, kv_index, causal=causal, window=window, q_segment_ids=q_ids, kv_segment_ids=kv_ids)
 
 
-def _group(x_BTNH: Array, num_kv_heads: int) -> Array:
-    """[B, T, N, H] -> [B, K, G, T, H]: the G query heads that share a key head side by side."""
-    b, t, n, h = x_BTNH.shape
-    return x_BTNH.reshape(b, t, num_kv_heads, n // num_kv_heads, h).transpose(0, 2, 3, 1, 4)
+# The queries of a group share their keys: together they are the rows (or columns) of one product.
 
 
-def _ungroup(x_BKGTH: Array) -> Array:
-    b, k, g, t, h = x_BKGTH.shape
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+def _rows(x_CGTH: Array, rows: slice) -> Array:
+    part = x_CGTH[:, :, rows]
+    return part.reshape(part.shape[0], -1, part.shape[3])
 
 
-def _join_rows(x_BKGTH: Array) -> Array:
-    """Queries that share a key head become rows of one product, [B, K, G T, H]."""
-    return x_BKGTH.reshape(*x_BKGTH.shape[:2], -1, x_BKGTH.shape[4])
+def _columns(x_CGHT: Array, rows: slice) -> Array:
+    part = x_CGHT[..., rows].swapaxes(1, 2)
+    return part.reshape(*part.shape[:2], -1)
 
 
-def _split_rows(x_BKRH: Array, group: int) -> Array:
-    return x_BKRH.reshape(*x_BKRH.shape[:2], group, -1, x_BKRH.shape[3])
+def _join(x_CSGR: Array) -> Array:
+    return x_CSGR.reshape(*x_CSGR.shape[:2], -1)
+
+
+def _split(x_CSR: Array, group: int) -> Array:
+    return x_CSR.reshape(*x_CSR.shape[:2], group, -1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cpu import dot, transpose
 
-CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,7 +83,10 @@ def _chunk_loss(options, w, x, labels, weights):
     if vocab_axis is not None:
         top = jax.lax.pmax(top, vocab_axis)
     total = jnp.sum(jnp.exp(logits - top), axis=-1)
-    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    # A gather, not a sum under a mask: a CPU would write that mask's result out, all of [M, V].
+    present = (labels >= 0) & (labels < logits.shape[1])
+    label_logit = jnp.take_along_axis(logits, jnp.where(present, labels, 0)[:, None], axis=-1)[:, 0]
+    label_logit = jnp.where(present, label_logit, 0.0)
     if vocab_axis is not None:
         total, label_logit = jax.lax.psum((total, label_logit), vocab_axis)
     lse = jnp.log(total) + top[:, 0]

@@ -115,10 +115,12 @@ CASES = st.builds(
 
 
 @settings(max_examples=40)
-@given(case=CASES)
-def test_xla_equals_numpy_in_both_passes(case):
+@given(case=CASES, few=st.sampled_from([0, 8]), scores=st.sampled_from([1, 80, 2**18]))
+def test_xla_equals_numpy_in_both_passes(case, few, scores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "BLOCK_Q", 4)  # so that these few queries are several blocks, the last one not full
+        patch.setattr(xla, "FEW_QUERIES", few)
+        patch.setattr(xla, "CPU_SCORES", scores)  # so that they go a head at a time, or a few, or all at once
         check(case)
 
 
@@ -147,9 +149,11 @@ def test_bfloat16_keeps_its_own_precision():
     check(Case(queries=11, keys=11, softcap=2.0), dtype=jnp.bfloat16, tolerance=2e-2)
 
 
+@pytest.mark.parametrize("few", [0, 8])
 @pytest.mark.parametrize("offset", ["static", "traced"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(offset, implementation):
+def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(offset, implementation, few, monkeypatch):
+    monkeypatch.setattr(xla, "FEW_QUERIES", few)
     case = Case(queries=6, keys=6, start=-3, offset=offset)  # the first three stand before every key
     out, dq, dk, dv = (np.asarray(x) for x in case.computed(implementation))
     assert not out[:, :3].any() and out[:, 3:].all()

@@ -1,0 +1,46 @@
+"""Products in the form that a CPU computes fast: the same numbers, and the form indeed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cpu
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_matmul_and_its_gradients_equal_numpy(dtype, rows):
+    x, w, g = (jnp.asarray(a, dtype) for a in (random(rows, 7), random(7, 3, seed=1), random(rows, 3, seed=2)))
+    out, pull = jax.vjp(jax.jit(cpu.matmul), x, w)
+    x64, w64, g64 = (np.asarray(a, np.float64) for a in (x, w, g))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for got, want in zip((out, *pull(g)), (x64 @ w64, g64 @ w64.T, x64.T @ g64), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (37, 3), (2, 40, 5)])
+def test_transpose_swaps_the_last_two(shape):
+    x = jnp.asarray(random(*shape), jnp.bfloat16)
+    assert (jax.jit(cpu.transpose)(x) == jnp.swapaxes(x, -1, -2)).all()
+
+
+def test_products_of_a_bfloat16_gradient_take_bfloat16():
+    """XLA converts the operands of every form that its fast kernel does not take."""
+
+    def gradients(x, w, g):
+        return jax.vjp(cpu.matmul, x, w)[1](g)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 32), (32, 48), (64, 48))]
+    program = jax.jit(gradients).lower(*shapes).compile().as_text()
+    products = [computation for computation in program.split("\n\n") if " dot(" in computation]
+    assert len(products) == 2
+    for computation in products:
+        operands = [line for line in computation.splitlines() if " parameter(" in line]
+        assert len(operands) == 2 and all("= bf16[" in line for line in operands), computation
