@@ -1,0 +1,116 @@
+"""Which implementation of an operation runs for a chip, and why not the others."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+Arguments = dict[str, Any]
+Wanted = str | Sequence[str] | None
+
+
+class Chip(NamedTuple):
+    """What a program is traced for."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    kind: str  # as jax names the device: "TPU v6 lite", "NVIDIA H200", "cpu"
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation.
+
+    run: takes the operation's arguments by name.
+    platform: where it is at home; None is everywhere. On a CPU it runs interpreted, if it is asked for by name.
+    refuse: (chip, arguments) -> why it does not take this call, one sentence; None if it does.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    platform: str | None = None
+    refuse: Callable[[Chip, Arguments], str | None] = lambda chip, arguments: None
+
+
+class Choice(NamedTuple):
+    """The implementation that runs, and for each one passed over the reason."""
+
+    name: str
+    passed_over: dict[str, str]
+
+
+class _Explained(Exception):
+    """Carries a Choice out of an operation instead of running it."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice
+
+
+_EXPLAIN = "explain"
+
+
+def current_chip() -> Chip:
+    """The chip of the mesh in use, which may only be described; without a mesh, that of the first device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        first = jax.devices()[0]
+        return Chip(first.platform, first.device_kind)
+    return Chip({"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform), device.device_kind)
+
+
+def interpreted() -> bool:
+    """Whether a Pallas kernel is to be interpreted: there is no chip to compile it for."""
+    return current_chip().platform == "cpu"
+
+
+def call(op: str, implementations: Sequence[Implementation], wanted: Wanted, arguments: Arguments) -> Any:
+    """Runs `op` by the implementation `wanted` (a name, or names in order of preference), or by the best one.
+
+    `implementations` stand in order of preference. Raises ValueError where none that is wanted takes the call.
+    """
+    explaining, names = isinstance(wanted, _Explain), wanted.wanted if isinstance(wanted, _Explain) else wanted
+    chosen, choice = _choose(op, implementations, names, arguments)
+    if explaining:
+        raise _Explained(choice)
+    return chosen.run(**arguments)
+
+
+class _Explain(NamedTuple):
+    wanted: Wanted
+
+
+def explain(op: Callable[..., Array], *args, implementation: Wanted = None, **kwargs) -> Choice:
+    """Which implementation op(*args, **kwargs) would run and why each other was passed over; runs nothing.
+
+    Arrays may be `jax.ShapeDtypeStruct`s. `op` is a public function of this package.
+    """
+    try:
+        op(*args, implementation=_Explain(implementation), **kwargs)
+    except _Explained as found:
+        return found.choice
+    raise ValueError(f"{op} is no operation of this package")
+
+
+def _choose(op, implementations, wanted, arguments) -> tuple[Implementation, Choice]:
+    chip = current_chip()
+    passed_over: dict[str, str] = {}
+    known = {candidate.name: candidate for candidate in implementations}
+    names = list(known) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"implementation={name!r} of {op} is not known; use one of {', '.join(known)}")
+    for name in names:
+        reason = _reason(known[name], chip, arguments, forced=wanted is not None)
+        if reason is None:
+            rest = dict.fromkeys(known, f"{name} comes before it" if wanted is None else "not asked for")
+            del rest[name]
+            return known[name], Choice(name, rest | passed_over)
+        passed_over[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise ValueError(f"{op} cannot run here as asked ({reasons})")
+
+
+def _reason(candidate: Implementation, chip: Chip, arguments: Arguments, forced: bool) -> str | None:
+    home = candidate.platform
+    if home is not None and chip.platform != home and not (forced and chip.platform == "cpu"):
+        return f"is written for a {home}, not for {chip.kind}"
+    return candidate.refuse(chip, arguments)
