@@ -1,13 +1,23 @@
 """Which implementation of an operation runs for a chip, and why not the others."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array
+
+from pallas_kernels.partition import Layout, auto_axes, run_on_parts
 
 Arguments = dict[str, Any]
-Wanted = str | Sequence[str] | None
+
+
+class _Explain(NamedTuple):
+    """Stands for the wanted implementation where it is to be named, not run."""
+
+    wanted: Any
+
+
+Wanted = str | Sequence[str] | None | _Explain
 
 
 class Chip(NamedTuple):
@@ -45,9 +55,6 @@ class _Explained(Exception):
         self.choice = choice
 
 
-_EXPLAIN = "explain"
-
-
 def current_chip() -> Chip:
     """The chip of the mesh in use, which may only be described; without a mesh, that of the first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -62,29 +69,33 @@ def interpreted() -> bool:
     return current_chip().platform == "cpu"
 
 
-def call(op: str, implementations: Sequence[Implementation], wanted: Wanted, arguments: Arguments) -> Any:
+def call(
+    op: str,
+    implementations: Sequence[Implementation],
+    wanted: Wanted,
+    arguments: Arguments,
+    layout: Layout | None = None,
+) -> Any:
     """Runs `op` by the implementation `wanted` (a name, or names in order of preference), or by the best one.
 
-    `implementations` stand in order of preference. Raises ValueError where none that is wanted takes the call.
+    `implementations` stand in order of preference. layout: how the arguments may be split over a mesh. Raises
+    ValueError where none that is wanted takes the call.
     """
     explaining, names = isinstance(wanted, _Explain), wanted.wanted if isinstance(wanted, _Explain) else wanted
     chosen, choice = _choose(op, implementations, names, arguments)
     if explaining:
         raise _Explained(choice)
-    return chosen.run(**arguments)
+    return chosen.run(**arguments) if layout is None else run_on_parts(chosen.run, arguments, layout)
 
 
-class _Explain(NamedTuple):
-    wanted: Wanted
-
-
-def explain(op: Callable[..., Array], *args, implementation: Wanted = None, **kwargs) -> Choice:
+def explain(op: str | Callable[..., Any], *args, implementation: Wanted = None, **kwargs) -> Choice:
     """Which implementation op(*args, **kwargs) would run and why each other was passed over; runs nothing.
 
-    Arrays may be `jax.ShapeDtypeStruct`s. `op` is a public function of this package.
+    Arrays may be `jax.ShapeDtypeStruct`s. `op` is a public function of this package, or its name.
     """
+    run = getattr(importlib.import_module(__package__), op) if isinstance(op, str) else op
     try:
-        op(*args, implementation=_Explain(implementation), **kwargs)
+        run(*args, implementation=_Explain(implementation), **kwargs)
     except _Explained as found:
         return found.choice
     raise ValueError(f"{op} is no operation of this package")
@@ -113,4 +124,6 @@ def _reason(candidate: Implementation, chip: Chip, arguments: Arguments, forced:
     home = candidate.platform
     if home is not None and chip.platform != home and not (forced and chip.platform == "cpu"):
         return f"is written for a {home}, not for {chip.kind}"
+    if home is not None and (axes := auto_axes()):
+        return f"does not see how arguments are split over auto axes ({', '.join(axes)}): call it inside shard_map"
     return candidate.refuse(chip, arguments)
