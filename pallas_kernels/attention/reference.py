@@ -1,7 +1,7 @@
 """The definition of attention, as plain as it can be written; the truth in tests."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 NEG_INF = -1e30  # not -inf: a row without any key must give zeros, not nan
@@ -36,17 +36,38 @@ def attention(
     scale: float,
     softcap: float | None = None,
     q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    sinks: Float[Array, "N"] | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    bias: Float[Array, "#B #N T S"] | None = None,
+    return_lse: bool = False,
     **masking,
-) -> Float[Array, "B T N H"]:
-    """softmax(softcap(scale q kᵀ) + mask) v, in the precision of its arguments; see `api.attention`."""
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """softmax(softcap(scale q kᵀ) + alibi + bias + mask) v, in the precision of its arguments; see `api.attention`."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    q_index = jnp.arange(q.shape[1]) + jnp.reshape(jnp.asarray(q_offset), (-1, 1))
+    kv_index = jnp.arange(k.shape[1])
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    q_index = jnp.arange(q.shape[1]) + jnp.reshape(jnp.asarray(q_offset), (-1, 1))
-    seen = mask(q_index, jnp.arange(k.shape[1]), **masking)[:, None]
+    if alibi_slopes is not None:
+        distance = (kv_index - q_index[:, :, None]).astype(scores.dtype)
+        scores = scores + lax.stop_gradient(alibi_slopes)[:, None, None].astype(scores.dtype) * distance[:, None]
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
+    seen = mask(q_index, kv_index, **masking)[:, None]
     scores = jnp.where(seen, scores, NEG_INF)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)) * seen
+    top = scores.max(axis=-1, keepdims=True, initial=NEG_INF)  # a bias of -inf in a whole row must give zeros too
+    if sinks is not None:
+        sink = sinks[:, None, None].astype(scores.dtype)
+        top = jnp.maximum(top, sink)
+    weights = jnp.exp(scores - top) * seen
     total = weights.sum(axis=-1, keepdims=True)
-    return jnp.einsum("bnts,bsnh->btnh", weights / jnp.where(total == 0, 1, total), v)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
+    total = jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bnts,bsnh->btnh", weights / total, v)
+    if not return_lse:
+        return out
+    lse = (top + jnp.log(total))[..., 0]
+    return out, lse.astype(jnp.promote_types(lse.dtype, jnp.float32))

@@ -1,9 +1,16 @@
-"""`linear_cross_entropy`: the public function and its checks."""
+"""`linear_cross_entropy`: the public function, its checks, and the choice of implementation."""
 
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.linear_cross_entropy import xla
+from pallas_kernels import dispatch
+from pallas_kernels.linear_cross_entropy import reference, tpu, xla
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("tpu", tpu.linear_cross_entropy, "tpu", tpu.refuse),
+    dispatch.Implementation("xla", xla.linear_cross_entropy),
+    dispatch.Implementation("reference", reference.linear_cross_entropy, refuse=reference.refuse),
+)
 
 
 def linear_cross_entropy(
@@ -16,11 +23,13 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     vocab_axis: str | None = None,
+    implementation: dispatch.Wanted = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy of softmax(x w) without ever holding the [M, V] logits; differentiable in x and w.
 
-    Tokens are taken in chunks. Where gradients are wanted they are computed in the same pass, since the loss is a
-    sum and its cotangent a scalar: three products in all instead of four.
+    "xla" takes tokens in chunks. Where gradients are wanted it computes them in the same pass, since the loss is a sum
+    and its cotangent a scalar: three products in all. "tpu" takes blocks of tokens and vocabulary whose logits stay on
+    the chip, and computes them again for each gradient. "reference" holds all logits.
 
     Args:
       x: final hidden states.
@@ -30,10 +39,11 @@ def linear_cross_entropy(
       z_loss: adds z_loss * logsumexp(logits) ** 2 (arXiv:2204.02311) to each token's loss.
       softcap: logits become softcap * tanh(logits / softcap).
       vocab_axis: inside `shard_map`, the mesh axis over which V is split; x is then the same on all of it.
+      implementation: "tpu", "xla" or "reference", or several in order of preference; None takes the best.
 
     Returns: (sum of weighted loss with the z term, sum of weighted negative log-likelihood), float32. Only the first
       carries a gradient.
-    Raises: ValueError for shapes that do not fit.
+    Raises: ValueError for shapes that do not fit, or an implementation that cannot run here.
     """
     features = w.shape[1 if transposed else 0]
     if x.ndim != 2 or x.shape[1] != features or labels.shape != x.shape[:1] or weights.shape != x.shape[:1]:
@@ -41,4 +51,6 @@ def linear_cross_entropy(
             f"linear_cross_entropy takes x [M,D], w [D,V] (or [V,D] transposed), labels [M], weights [M], "
             f"not {x.shape}, {w.shape}, {labels.shape}, {weights.shape}"
         )
-    return xla.linear_cross_entropy((transposed, float(z_loss), softcap, vocab_axis), x, w, labels, weights)
+    options = {"transposed": transposed, "z_loss": float(z_loss), "softcap": softcap, "vocab_axis": vocab_axis}
+    arguments = {"x": x, "w": w, "labels": labels, "weights": weights, **options}
+    return dispatch.call("linear_cross_entropy", IMPLEMENTATIONS, implementation, arguments)

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 
 
-def linear_cross_entropy(x, w, labels, weights, *, z_loss=0.0, softcap=None):
-    """See `api.linear_cross_entropy`; w is [D, V]."""
-    logits = x @ w
+def refuse(chip, arguments) -> str | None:
+    return None if arguments["vocab_axis"] is None else "takes the whole vocabulary, not a part of it"
+
+
+def linear_cross_entropy(x, w, labels, weights, *, transposed=False, z_loss=0.0, softcap=None, vocab_axis=None):
+    """See `api.linear_cross_entropy`; without vocab_axis."""
+    logits = x @ (w.T if transposed else w)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     lse = jax.scipy.special.logsumexp(logits, axis=-1)

@@ -10,9 +10,13 @@ from pallas_kernels.cpu import dot, transpose
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
+def linear_cross_entropy(x, w, labels, weights, *, transposed, z_loss, softcap, vocab_axis):
+    """See `api.linear_cross_entropy`."""
+    return _loss((transposed, z_loss, softcap, vocab_axis), x, w, labels, weights)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_cross_entropy(options, x, w, labels, weights):
-    """options: (transposed, z_loss, softcap, vocab_axis); see `api.linear_cross_entropy`."""
+def _loss(options, x, w, labels, weights):
     chunks = _chunks(options, x, w, labels, weights)
 
     def add(total, chunk):
@@ -53,7 +57,7 @@ def _backward(options, residuals, cotangents):
     return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward)
 
 
 def _chunks(options, x, w, labels, weights):

@@ -2,9 +2,13 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, dequantize
+
 
 def ragged_dot(x, w, group_sizes):
     """See `api.ragged_dot`."""
+    if isinstance(w, QuantizedTensor):
+        w = dequantize(w, x.dtype)
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])[:, None]
     member = (rows < ends) & (rows >= ends - group_sizes)

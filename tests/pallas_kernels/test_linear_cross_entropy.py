@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import linear_cross_entropy
-from pallas_kernels.linear_cross_entropy import reference, xla
+from pallas_kernels.linear_cross_entropy import reference, tpu, xla
 
 
 class Case(NamedTuple):
@@ -105,10 +106,95 @@ def test_chunks_that_do_not_divide_the_tokens_equal_numpy(case, chunk_tokens):
         compare(jax.jit(functools.partial(linear_cross_entropy, **case.options()))(*case.arrays()), expected(case)[:2])
 
 
-def sharded_loss(case: Case, parts: int):
+def interpreted_with(monkeypatch, block=(16, 16, 128), watch=False):
+    """The TPU kernels in blocks of that size; watched, memory is nan until it is written, and races are errors."""
+    monkeypatch.setattr(tpu, "candidates", lambda *args: [tpu.Blocks(*block)])
+    if watch:
+        monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+
+
+on_tpu = functools.partial(linear_cross_entropy, implementation="tpu")
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tpu_kernels_equal_numpy_where_no_block_divides(transposed, monkeypatch):
+    interpreted_with(monkeypatch)
+    case = Case(tokens=21, vocab=200, transposed=transposed, z_loss=0.1, softcap=2.0)
+    compare(differentiate((*case.options().items(),), *case.arrays(), on_tpu), expected(case), tolerance=1e-5)
+    compare(jax.jit(functools.partial(on_tpu, **case.options()))(*case.arrays()), expected(case)[:2])
+
+
+@pytest.mark.parametrize("case", [Case(tokens=21, vocab=200), Case(tokens=32, vocab=256, transposed=True, softcap=3.0)])
+def test_tpu_kernels_read_nothing_unwritten_and_do_not_race(case, monkeypatch):
+    interpreted_with(monkeypatch, watch=True)
+    run = jax.jit(functools.partial(differentiate.__wrapped__, (*case.options().items(),), function=on_tpu))
+    compare(run(*case.arrays()), expected(case), tolerance=1e-5)
+
+
+@settings(max_examples=12)
+@given(
+    case=st.builds(
+        Case,
+        tokens=st.sampled_from([1, 40]),
+        features=st.just(5),
+        vocab=st.sampled_from([130, 256]),
+        transposed=st.booleans(),
+        z_loss=st.just(0.1),
+        softcap=st.sampled_from([None, 2.0]),
+        seed=st.integers(0, 100),
+    )
+)
+def test_tpu_kernels_equal_numpy_with_the_blocks_they_choose(case):
+    arrays = case.arrays()
+    arrays = jnp.asarray(arrays[0], jnp.bfloat16), jnp.asarray(arrays[1], jnp.bfloat16), *arrays[2:]
+    got = differentiate((*case.options().items(),), *arrays, on_tpu)
+    compare([np.asarray(a, np.float64) for a in got], expected(case, arrays), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("eight_devices")
+def test_tpu_kernels_on_a_split_vocabulary_equal_a_whole_one(transposed, monkeypatch):
+    interpreted_with(monkeypatch)
+    case = Case(vocab=400, transposed=transposed, z_loss=0.1)
+    run, (x, w, labels, weights) = sharded_loss(case, 2, "tpu"), case.arrays()
+
+    @jax.jit
+    def both(x, w):
+        (loss, nll), pull = jax.vjp(lambda x, w: run(x, w, labels, weights), x, w)
+        return loss, nll, *pull((2.5 * jnp.ones(()), jnp.zeros(())))
+
+    loss, nll, dx, dw = both(x, w)
+    compare((loss, nll, dx / 2.5, dw / 2.5), expected(case), tolerance=1e-5)
+
+
+def test_the_tpu_kernels_never_hold_the_logits(monkeypatch):
+    """Not in the kernels, nor between them."""
+    interpreted_with(monkeypatch)
+    monkeypatch.setattr(tpu.dispatch, "interpreted", lambda: False)  # the kernel stays one operation
+    monkeypatch.setattr(tpu, "_vmem_limit", lambda: 2**26)
+    tokens, features, vocab = 64, 4, 512
+    specs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (features, vocab))]
+    labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+    run = functools.partial(differentiate.__wrapped__, (), function=on_tpu)
+    made = jax.make_jaxpr(lambda x, w: run(x, w, labels, weights))(*specs)
+    assert max(sizes(made.jaxpr)) < tokens * vocab
+
+
+def test_an_implementation_that_cannot_run_says_why():
+    arrays = [jnp.asarray(a) for a in Case().arrays()]
+    with pytest.raises(ValueError, match="takes the whole vocabulary, not a part of it"):
+        linear_cross_entropy(*arrays, vocab_axis="tensor", implementation="reference")
+    with pytest.raises(ValueError, match="multiplies bfloat16 and float32, both alike, not float32 and bfloat16"):
+        linear_cross_entropy(arrays[0], jnp.asarray(arrays[1], jnp.bfloat16), *arrays[2:], implementation="tpu")
+
+
+def sharded_loss(case: Case, parts: int, implementation: str | None = None):
     mesh = jax.make_mesh((parts,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:parts])
     kernel = P("tensor", None) if case.transposed else P(None, "tensor")
-    local = functools.partial(linear_cross_entropy, vocab_axis="tensor", **case.options())
+    local = functools.partial(
+        linear_cross_entropy, vocab_axis="tensor", implementation=implementation, **case.options()
+    )
     return jax.shard_map(
         lambda *args: local(*args), mesh=mesh, in_specs=(P(), kernel, P(), P()), out_specs=(P(), P()), check_vma=False
     )

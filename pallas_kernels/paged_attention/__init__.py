@@ -1,0 +1,1 @@
+"""Attention over a pool of pages, for mixed batches of prompt chunks and decoded tokens."""

@@ -1,0 +1,391 @@
+"""Times every operation on the accelerator or the CPU of this machine beside what others offer there, in one run.
+
+    python scripts/bench_kernels.py                                   # a GPU or TPU
+    JAX_PLATFORMS=cpu python scripts/bench_kernels.py --torch-python PYTHON
+
+On a GPU: beside cuDNN (jax.nn.dot_product_attention) and XLA's own products (cuBLAS). Times are of the device, from
+the profiler; the roofline is measured in the same run (a copy, a bfloat16 product). On a CPU:
+attention beside torch's, and quantised products at decoding shapes beside torch's int8; both sides stay loaded in
+processes of their own and take turns, and the ratio is the median over turns. PYTHON has torch; it is no dependency.
+"""
+
+import argparse
+import functools
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CPU_ATTENTION = {"batch": 1, "heads": 8, "kv_heads": 8, "queries": 512, "keys": 512, "head_dim": 64}
+CPU_PRODUCT = {"inner": 2048, "columns": 8192}
+DECODE_ROWS = (1, 4, 16)
+REPEATS = 20
+
+
+class Line(NamedTuple):
+    """A timed call. share: of the measured roofline; 0 where there is none."""
+
+    name: str
+    side: str
+    seconds: float
+    tflops: float
+    gbps: float
+    share: float
+    ratio: float | None  # of the other side's time to ours
+
+
+class Call(NamedTuple):
+    """What is timed: the same name on several sides is compared."""
+
+    name: str
+    side: str
+    run: Callable[..., Any]
+    args: tuple
+    flops: float
+    bytes: float
+
+
+# Timing
+
+
+def device_seconds(run: Callable[..., Any], args: tuple, repeats: int = REPEATS) -> float:
+    """Median seconds that a call keeps the device busy: the profiler's events of each call, added up."""
+    import jax
+
+    jax.block_until_ready(run(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                jax.block_until_ready(run(*args))
+        busy = sum(_device_events(Path(folder)))
+    return busy / repeats if busy else wall_seconds(run, args, repeats)
+
+
+def _device_events(folder: Path) -> Iterator[float]:
+    """Seconds of each kernel and copy in a trace; events of one stream do not overlap."""
+    for file in folder.rglob("*.trace.json.gz"):
+        with gzip.open(file) as packed:
+            events = json.load(packed)["traceEvents"]
+        named = [event for event in events if event.get("ph") == "M"]
+        devices = {
+            event["pid"]
+            for event in named
+            if event["name"] == "process_name"
+            and "/device:" in event["args"]["name"]
+            and "CPU" not in event["args"]["name"]
+        }
+        streams = {
+            (event["pid"], event["tid"])
+            for event in named
+            if event["name"] == "thread_name"
+            and event["pid"] in devices
+            and ("Stream" in event["args"]["name"] or event["args"]["name"] == "XLA Ops")
+        }
+        yield from (
+            event["dur"] * 1e-6
+            for event in events
+            if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams
+        )
+
+
+def wall_seconds(run: Callable[..., Any], args: tuple, repeats: int = REPEATS) -> float:
+    """Median seconds of a call from outside."""
+    import jax
+
+    jax.block_until_ready(run(*args))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+# An accelerator
+
+
+def roofline() -> tuple[float, float]:
+    """Products in FLOP/s and copies in bytes/s (read and written) that this chip reaches with XLA alone."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((8192, 8192), jnp.bfloat16)
+    flops = 2 * 8192**3 / device_seconds(jax.jit(lambda a: a @ a), (a,))
+    x = jnp.ones(2**28, jnp.float32)
+    return flops, 2 * x.nbytes / device_seconds(jax.jit(lambda x: x + 1), (x,))
+
+
+def accelerator_calls(only: list[str]) -> Iterator[Call]:
+    """Ours and the peers', by operation; what this chip or environment lacks is said and left out."""
+    import jax
+
+    from pallas_kernels import cases
+
+    for op, case in cases.CASES.items():
+        for direction in case.directions:
+            name = f"{op}.{direction}"
+            if only and not any(part in name for part in only):
+                continue
+            for dtype in case.dtypes:
+                if dtype == "float32":
+                    continue
+                options = {"transposed": True} if op == "quantized_matmul" else {}
+                try:
+                    function, specs = cases.build(op, dtype, direction, **options)
+                    args = _arguments(op, cases.arrays(specs), case.shape)
+                    run = jax.jit(function).lower(*args).compile()
+                except (ImportError, ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                    print(f"  {name} {dtype}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
+                    continue
+                times = case.backward if direction == "backward" else 1
+                work = case.flops(case.shape) * times / (2 if op == "attention" else 1)  # half is masked
+                yield Call(f"{name} {dtype}", "ours", run, args, work, case.bytes(case.shape, dtype) * times)
+                for side, peer in _peers(op, direction, dtype, case.shape):
+                    yield Call(f"{name} {dtype}", side, *peer(args), work, case.bytes(case.shape, dtype) * times)
+
+
+def _arguments(op: str, args: Any, shape: Mapping[str, int]) -> Any:
+    """Integers that make sense: equal groups, sequences of the full context, each with pages of its own."""
+    import jax.numpy as jnp
+
+    if op == "ragged_dot":
+        x, w, sizes = args
+        return x, w, jnp.full_like(sizes, shape["rows"] // shape["groups"])
+    if op == "paged_attention":
+        q, k, v, pages, tables, lengths, starts, count = args
+        tables = jnp.arange(tables.size, dtype=tables.dtype).reshape(tables.shape)
+        lengths = jnp.full_like(lengths, shape["context"])
+        return q, k, v, pages, tables, lengths, jnp.arange(starts.size, dtype=starts.dtype), count + lengths.size
+    return args
+
+
+def _peers(op: str, direction: str, dtype: str, shape: Mapping[str, int]) -> Iterator[tuple[str, Callable]]:
+    import jax
+    import jax.numpy as jnp
+
+    gradient = direction == "backward"
+    on_gpu = jax.devices()[0].platform == "gpu"
+
+    def jitted(forward: Callable, argnums: tuple[int, ...], args: tuple) -> tuple[Callable, tuple]:
+        loss = lambda *args: jnp.sum(forward(*args).astype(jnp.float32))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums) if gradient else forward), args
+
+    if op == "attention" and on_gpu:
+        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        yield "cuDNN", lambda args: jitted(cudnn, (0, 1, 2), args)
+    if op == "ragged_dot":
+        yield "jax.lax", lambda args: jitted(jax.lax.ragged_dot, (0, 1), args)
+    if op == "quantized_matmul":
+        w = jnp.ones((shape["inner"], shape["columns"]), jnp.bfloat16)
+        yield "bfloat16 product", lambda args: jitted(jnp.matmul, (0,), (args[0], w))
+    if op == "linear_cross_entropy":
+        yield "logits in memory", lambda args: jitted(_plain_loss, (0, 1), args)
+
+
+def _plain_loss(x, w, labels, weights):
+    import jax
+    import jax.numpy as jnp
+
+    logits = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=1) - chosen) * weights)
+
+
+def bench_accelerator(only: list[str]) -> list[Line]:
+    flops, bandwidth = roofline()
+    print(f"measured: {flops / 1e12:.0f} TFLOP/s in bfloat16 products, {bandwidth / 1e9:.0f} GB/s in a copy")
+    lines: list[Line] = []
+    mine: dict[str, float] = {}
+    for call in accelerator_calls(only):
+        try:
+            seconds = device_seconds(call.run, call.args)
+        except Exception as error:  # a peer's kernel may fail in any way; the rest is still wanted
+            print(f"  {call.name} {call.side}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
+            continue
+        if call.side == "ours":
+            mine[call.name] = seconds
+        bound = max(call.flops / flops, call.bytes / bandwidth)
+        ratio = None if call.side == "ours" or call.name not in mine else seconds / mine[call.name]
+        figures = call.flops / seconds / 1e12, call.bytes / seconds / 1e9, bound / seconds, ratio
+        lines.append(Line(call.name, call.side, seconds, *figures))
+        show(lines[-1])
+    return lines
+
+
+# A CPU: two processes take turns
+
+
+def cpu_names() -> list[str]:
+    products = [f"product.{form} {rows} rows" for form in ("int8", "bfloat16") for rows in DECODE_ROWS]
+    return ["attention.forward float32", "attention.backward float32", *products]
+
+
+def cpu_ours(name: str) -> tuple[Callable[[], Any], float, float]:
+    """(a call, its flops, its bytes of weights)."""
+    import jax
+
+    from pallas_kernels import cases
+
+    what, form = name.split(" ", 1)
+    if what.startswith("attention"):
+        function, specs = cases.build("attention", "float32", what.partition(".")[2], **CPU_ATTENTION)
+        flops = cases.CASES["attention"].flops(CPU_ATTENTION) / 2 * (3.5 if "backward" in what else 1)
+        moved = 0.0
+    else:
+        rows = int(form.split()[0])
+        kind = {"product.int8": "w8a8", "product.bfloat16": "w8a16"}[what]
+        function, specs = cases.build("quantized_matmul", kind, rows=rows, **CPU_PRODUCT)
+        flops, moved = 2.0 * rows * CPU_PRODUCT["inner"] * CPU_PRODUCT["columns"], float(_weights())
+    args = cases.arrays(specs)
+    run = jax.jit(function)
+    return lambda: jax.block_until_ready(run(*args)), flops, moved
+
+
+def _weights() -> int:
+    return CPU_PRODUCT["inner"] * CPU_PRODUCT["columns"]
+
+
+def cpu_torch(name: str) -> tuple[Callable[[], Any], float, float]:
+    """The same by torch: its fused attention, its int8 linear layer (dynamic), its int8 weights for bfloat16."""
+    import torch
+
+    what, form = name.split(" ", 1)
+    if what.startswith("attention"):
+        s = CPU_ATTENTION
+        shape = (s["batch"], s["heads"], s["queries"], s["head_dim"])
+        q, k, v = (torch.randn(shape, requires_grad="backward" in what) for _ in range(3))
+
+        def attend():
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return torch.autograd.grad(out.sum(), (q, k, v)) if "backward" in what else out
+
+        return attend, 0.0, 0.0
+    rows = int(form.split()[0])
+    if what == "product.int8":
+        layer = torch.nn.Linear(CPU_PRODUCT["inner"], CPU_PRODUCT["columns"], bias=False)
+        quantised = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8)
+        x = torch.randn(rows, CPU_PRODUCT["inner"])
+        return lambda: quantised(x), 0.0, 0.0
+    w = torch.randint(-127, 127, (CPU_PRODUCT["columns"], CPU_PRODUCT["inner"]), dtype=torch.int8)
+    scales = torch.rand(CPU_PRODUCT["columns"], dtype=torch.bfloat16)
+    x = torch.randn(rows, CPU_PRODUCT["inner"], dtype=torch.bfloat16)
+    return lambda: torch.ops.aten._weight_int8pack_mm(x, w, scales), 0.0, 0.0
+
+
+def work(side: str) -> None:
+    """Answers each line {"name", "calls"} with the seconds of a call."""
+    warnings.simplefilter("ignore")  # torch announces the moves of its quantisation at length
+    make = functools.cache(cpu_ours if side == "ours" else cpu_torch)
+    for request in sys.stdin:
+        asked = json.loads(request)
+        try:
+            run, flops, moved = make(asked["name"])
+            run()
+            started = time.perf_counter()
+            for _ in range(asked["calls"]):
+                run()
+            seconds = (time.perf_counter() - started) / asked["calls"]
+            answer = {"seconds": seconds, "flops": flops, "bytes": moved}
+        except Exception as error:  # one case that a side lacks must not end the run
+            answer = {"error": str(error).splitlines()[0][:160] if str(error) else type(error).__name__}
+        print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    def __init__(self, side: str, python: str):
+        command = [python, __file__, "--worker", side]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, name: str, calls: int) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"name": name, "calls": calls}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"stopped with status {self.process.wait()}"}
+
+
+def bench_cpu(only: list[str], torch_python: str, turns: int) -> list[Line]:
+    workers = {"ours": Worker("ours", sys.executable)}
+    if torch_python:
+        workers["torch"] = Worker("torch", torch_python)
+    lines: list[Line] = []
+    for name in cpu_names():
+        if only and not any(part in name for part in only):
+            continue
+        answers: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
+        calls = {side: _calls(worker.run(name, 1)) for side, worker in workers.items()}
+        for _ in range(turns):
+            for side, worker in workers.items():
+                answers[side].append(worker.run(name, calls[side]))
+        lines += _cpu_lines(name, answers)
+    return lines
+
+
+def _calls(answer: dict[str, Any]) -> int:
+    """As many calls as take a quarter of a second."""
+    return max(1, int(0.25 / max(answer.get("seconds", 1.0), 1e-4)))
+
+
+def _cpu_lines(name: str, answers: dict[str, list[dict[str, Any]]]) -> list[Line]:
+    lines = []
+    good = {side: given for side, given in answers.items() if all("seconds" in one for one in given)}
+    for side, given in answers.items():
+        if side not in good:
+            print(f"  {name} {side}: {next(one['error'] for one in given if 'error' in one)}", file=sys.stderr)
+            continue
+        seconds = statistics.median(one["seconds"] for one in given)
+        first = good.get("ours", given)[0]
+        ratio = None
+        if side != "ours" and "ours" in good:
+            ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(good["ours"], given, strict=True))
+        lines.append(
+            Line(name, side, seconds, first["flops"] / seconds / 1e12, first["bytes"] / seconds / 1e9, 0, ratio)
+        )
+        show(lines[-1])
+    return lines
+
+
+def show(line: Line) -> None:
+    text = (
+        f"{line.name:42} {line.side:18} {line.seconds * 1e3:10.3f} ms {line.tflops:9.3f} TFLOP/s {line.gbps:8.1f} GB/s"
+    )
+    if line.share:
+        text += f"  {line.share:6.1%} of the roofline"
+    if line.ratio is not None:
+        text += f"  ours is {line.ratio:.2f}x as fast"
+    print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="parts of names, with commas")
+    parser.add_argument("--torch-python", default="", help="interpreter with torch, for the CPU")
+    parser.add_argument("--turns", type=int, default=7, help="of each side, on the CPU")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker)
+    import jax
+
+    only = [part for part in args.only.split(",") if part]
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    lines = bench_cpu(only, args.torch_python, args.turns) if device.platform == "cpu" else bench_accelerator(only)
+    if args.json:
+        rows = [line._asdict() for line in lines]
+        args.json.write_text(
+            json.dumps({"device": device.device_kind, "jax": jax.__version__, "lines": rows}, indent=1)
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()
