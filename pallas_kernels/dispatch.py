@@ -33,12 +33,14 @@ class Implementation(NamedTuple):
     run: takes the operation's arguments by name.
     platform: where it is at home; None is everywhere. On a CPU it runs interpreted, if it is asked for by name.
     refuse: (chip, arguments) -> why it does not take this call, one sentence; None if it does.
+    unproven: why it runs only if it is asked for by name; empty once its results were checked.
     """
 
     name: str
     run: Callable[..., Any]
     platform: str | None = None
     refuse: Callable[[Chip, Arguments], str | None] = lambda chip, arguments: None
+    unproven: str = ""
 
 
 class Choice(NamedTuple):
@@ -124,6 +126,8 @@ def _reason(candidate: Implementation, chip: Chip, arguments: Arguments, forced:
     home = candidate.platform
     if home is not None and chip.platform != home and not (forced and chip.platform == "cpu"):
         return f"is written for a {home}, not for {chip.kind}"
+    if candidate.unproven and not forced:
+        return candidate.unproven
     if home is not None and (axes := auto_axes()):
         return f"does not see how arguments are split over auto axes ({', '.join(axes)}): call it inside shard_map"
     return candidate.refuse(chip, arguments)

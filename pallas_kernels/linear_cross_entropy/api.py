@@ -5,11 +5,18 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_cross_entropy import reference, tpu, xla
+from pallas_kernels.partition import Dims, Layout
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.linear_cross_entropy, "tpu", tpu.refuse),
     dispatch.Implementation("xla", xla.linear_cross_entropy),
     dispatch.Implementation("reference", reference.linear_cross_entropy, refuse=reference.refuse),
+)
+
+# Tokens may be split over a mesh: the sums are added up. A split vocabulary needs `vocab_axis`.
+LAYOUT = Layout(
+    {"x": Dims(("tokens", None)), "w": Dims((None, None)), "labels": Dims(("tokens",)), "weights": Dims(("tokens",))},
+    (Dims(()), Dims(())),
 )
 
 
@@ -53,4 +60,4 @@ def linear_cross_entropy(
         )
     options = {"transposed": transposed, "z_loss": float(z_loss), "softcap": softcap, "vocab_axis": vocab_axis}
     arguments = {"x": x, "w": w, "labels": labels, "weights": weights, **options}
-    return dispatch.call("linear_cross_entropy", IMPLEMENTATIONS, implementation, arguments)
+    return dispatch.call("linear_cross_entropy", IMPLEMENTATIONS, implementation, arguments, LAYOUT)

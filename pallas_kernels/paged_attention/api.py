@@ -10,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_attention import reference, tpu, xla
 from pallas_kernels.paged_attention.reference import KVPages
+from pallas_kernels.partition import Dims, Layout
 
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu.paged_attention, "tpu", tpu.refuse),
@@ -88,7 +89,7 @@ def paged_attention(
     }
     _check(**arguments)
     arguments["scale"] = q.shape[2] ** -0.5 if scale is None else scale
-    return dispatch.call("paged_attention", IMPLEMENTATIONS, implementation, arguments)
+    return dispatch.call("paged_attention", IMPLEMENTATIONS, implementation, arguments, _layout(pages))
 
 
 def cascade_attention(
@@ -141,7 +142,18 @@ def cascade_attention(
     if isinstance(prefix_length, int) and prefix_length % pages.data.shape[3]:
         raise ValueError(f"prefix_length={prefix_length} is not a multiple of page_size={pages.data.shape[3]}")
     arguments["scale"] = q.shape[2] ** -0.5 if scale is None else scale
-    return dispatch.call("cascade_attention", IMPLEMENTATIONS, implementation, arguments)
+    return dispatch.call("cascade_attention", IMPLEMENTATIONS, implementation, arguments, _layout(pages))
+
+
+def _layout(pages: KVPages) -> Layout:
+    """Heads may be split over a mesh, with their pages; the batch is one."""
+    tokens, heads = Dims((None, "heads", None)), Dims(("heads", None))
+    make: Any = KVPages  # here of names, not of arrays
+    pool = make(Dims((None, "heads", None, None, None)), None if pages.scales is None else heads)
+    whole = {"block_tables": 2, "lengths": 1, "starts": 1, "num_sequences": 0}
+    inputs = {"q": tokens, "k_new": tokens, "v_new": tokens, "pages": pool, "sinks": Dims(("heads",))}
+    inputs |= {name: Dims((None,) * rank) for name, rank in whole.items()}
+    return Layout(inputs | {"prefix": (Dims((None,)), Dims(()))}, (tokens, pool))
 
 
 def _integer(x):

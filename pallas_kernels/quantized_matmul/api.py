@@ -1,5 +1,6 @@
 """`quantized_matmul`: the public function, its checks, its gradient, and the choice of implementation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Wanted
+from pallas_kernels.partition import Dims, Layout
 from pallas_kernels.quantized_matmul import gpu, reference, tpu, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -49,8 +51,20 @@ def quantized_matmul(
         "out_dtype": jnp.dtype(x.dtype if out_dtype is None else out_dtype),
     }
     arguments = {"x": x.reshape(-1, x.shape[-1]), "w": w, "bias": bias, **options}
-    out = dispatch.call("quantized_matmul", IMPLEMENTATIONS, implementation, arguments)
+    out = dispatch.call("quantized_matmul", IMPLEMENTATIONS, implementation, arguments, _layout(w))
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _layout(w: QuantizedTensor) -> Layout:
+    """Rows and outputs may be split over a mesh; what is summed over stays whole, for the bias and activation after it."""
+    by_group = Dims((None, "columns"))
+    of_w = dataclasses.replace(
+        w,
+        data=by_group if w.axis == -2 else Dims(("columns", None)),
+        scales=by_group,
+        zeros=None if w.zeros is None else by_group,
+    )
+    return Layout({"x": Dims(("rows", None)), "w": of_w, "bias": Dims(("columns",))}, Dims(("rows", "columns")))
 
 
 def _check(x, w, activations, bias, activation) -> None:
@@ -103,7 +117,13 @@ def _differentiable(forward: Callable[..., Array], input_gradient: Callable[...,
 
 IMPLEMENTATIONS = (
     Implementation("tpu", _differentiable(tpu.quantized_matmul, tpu.input_gradient), "tpu", tpu.refuse),
-    Implementation("gpu", _differentiable(gpu.quantized_matmul, gpu.input_gradient), "gpu", gpu.refuse),
+    Implementation(
+        "gpu",
+        _differentiable(gpu.quantized_matmul, gpu.input_gradient),
+        "gpu",
+        gpu.refuse,
+        unproven="has not run on a real GPU yet",
+    ),
     Implementation("xla", _differentiable(xla.quantized_matmul, xla.input_gradient)),
     Implementation("reference", _differentiable(reference.quantized_matmul, reference.input_gradient)),
 )

@@ -1,15 +1,18 @@
 """`ragged_dot`: the public function, its checks, and the choice of implementation."""
 
+import dataclasses
+
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.partition import Dims, Layout
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from pallas_kernels.ragged_dot import gpu, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.ragged_dot, "tpu", tpu.refuse),
-    dispatch.Implementation("gpu", gpu.ragged_dot, "gpu", gpu.refuse),
+    dispatch.Implementation("gpu", gpu.ragged_dot, "gpu", gpu.refuse, unproven="has not run on a real GPU yet"),
     dispatch.Implementation("xla", xla.ragged_dot),
     dispatch.Implementation("reference", reference.ragged_dot),
 )
@@ -46,4 +49,7 @@ def ragged_dot(
         kind = f"bits={w.bits}, axis={w.axis} and {'no ' if w.zeros is None else ''}zero points"
         raise ValueError(f"ragged_dot takes quantised w with bits=8, axis=-2 and no zero points, not {kind}")
     arguments = {"x": x, "w": w, "group_sizes": group_sizes}
-    return dispatch.call("ragged_dot", IMPLEMENTATIONS, implementation, arguments)
+    columns = Dims((None, None, "columns"))  # rows are of any group, so they stay together
+    of_w = dataclasses.replace(w, data=columns, scales=columns) if isinstance(w, QuantizedTensor) else columns
+    layout = Layout({"x": Dims((None, None)), "w": of_w, "group_sizes": Dims((None,))}, Dims((None, "columns")))
+    return dispatch.call("ragged_dot", IMPLEMENTATIONS, implementation, arguments, layout)
