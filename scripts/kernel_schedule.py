@@ -3,7 +3,7 @@
     python scripts/kernel_schedule.py --target v6e,tpu7x --op attention
 
 For each kernel: bundles of its hot loop (a bundle is a cycle while nothing stalls), what that loop gets done, and so
-the cycles per 1,000 units and the share of the chip's peak. Stalls on copies from memory are not in it. jax's kernels
+the cycles per 1,000 units. Stalls on copies from memory are not in it. jax's kernels
 are compiled at several block sizes; --all shows each, otherwise only the best. Needs `pip install "jax[tpu]"`.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from pallas_kernels import cases
 from pallas_kernels.schedule import CompileError, KernelSchedule, Outcome, compile_apart
 
-# Products of two numbers a core does in one bundle, bfloat16: MXUs times their rows and columns times what one takes.
-PEAK_PRODUCTS = {"v5e": 4 * 128**2, "v5p": 4 * 128**2, "v6e": 4 * 256**2, "tpu7x": 4 * 256**2}
+# Nominal products of two numbers that one slot of the matrix units starts; only to compare kernels on the same chip.
+SLOT_PRODUCTS = {"v5e": 2 * 128**2, "v5p": 2 * 128**2, "v6e": 2 * 256**2, "tpu7x": 2 * 256**2}
 HEAD_DIM, GROUP = 128, 4
 MOE = {"inner": 2048, "columns": 1536}
 Blocks = Mapping[str, int]
@@ -52,7 +52,6 @@ class Row(NamedTuple):
     blocks: str
     hot_bundles: int
     per_1000: float
-    peak_share: float
     mxu_slots: float
     spills: int
     fills: int
@@ -246,8 +245,7 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
         chosen = _blocks(kernel, at, options, outcome)
         unit = COMPARISONS[op].products * _part(op, kernel.name, options)
         work = side.work(kernel.name, chosen)
-        per_slot = PEAK_PRODUCTS[target] / 2
-        units = kernel.hot.slots["MXU"] * per_slot / unit if work is None else work
+        units = kernel.hot.slots["MXU"] * SLOT_PRODUCTS[target] / unit if work is None else work
         hot = kernel.hot
         cycles = hot.own + sum(region.bundles for region in hot.inside if region.total("MXU"))
         yield Row(
@@ -258,7 +256,6 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
             " ".join(f"{name}={size}" for name, size in chosen.items()),
             hot.bundles,
             1000 * cycles / max(units, 1e-9),
-            units * unit / (cycles * PEAK_PRODUCTS[target]),
             hot.share("MXU"),
             kernel.spills,
             kernel.fills,
@@ -306,7 +303,6 @@ def table(lines: list[Row], markdown: bool = False) -> str:
         "blocks",
         "hot",
         "cycles/1k",
-        "peak",
         "MXU",
         "spills",
         "fills",
@@ -321,7 +317,6 @@ def table(lines: list[Row], markdown: bool = False) -> str:
             row.blocks,
             f"{row.hot_bundles:,}",
             "-" if math.isnan(row.per_1000) else f"{row.per_1000:.3g}",
-            "-" if math.isnan(row.per_1000) else f"{row.peak_share:.0%}",
             f"{row.mxu_slots:.0%}",
             f"{row.spills:,}",
             f"{row.fills:,}",

@@ -97,6 +97,26 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def backward(
+    q, k, v, d_out, lse, delta, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale
+) -> tuple[Array, Array, Array]:
+    """See `xla.backward`: (dq, dk, dv) of a block of keys out of many."""
+    options = Options(
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        group=q.shape[2] // k.shape[2],
+        num_keys=k.shape[1],
+        segments=q_segment_ids is not None,
+        alibi=False,
+        sinks=False,
+    )
+    offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
+    slopes, segments = jnp.zeros(q.shape[2], jnp.float32), (q_segment_ids, kv_segment_ids)
+    return tpu_backward.backward(options, q, k, v, slopes, offsets, segments, d_out, lse, delta)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: Options, q, k, v, sinks, slopes, offsets, segments):
     return forward(options, q, k, v, sinks, slopes, offsets, segments)

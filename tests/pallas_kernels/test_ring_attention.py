@@ -230,6 +230,12 @@ def test_a_block_implementation_without_a_backward_of_its_own_is_recomputed(case
 
 
 @pytest.mark.usefixtures("eight_devices")
+def test_the_tpu_kernels_as_blocks():
+    """Interpreted; their backward pass takes the log-sum-exp of the whole ring."""
+    check(Case(parts=2, length=16, softcap=2.0, lse=True), check_vma=False, block_implementation="tpu")
+
+
+@pytest.mark.usefixtures("eight_devices")
 def test_bfloat16_keeps_its_own_precision():
     case = Case(softcap=2.0)
     *arrays, ids, sinks, _, _ = case.arrays()
