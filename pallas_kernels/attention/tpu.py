@@ -199,11 +199,14 @@ def forward(options: Options, q, k, v, sinks, slopes, offsets, segments) -> tupl
             pl.BlockSpec((1, 1, 1, size.q), lambda b, h, i, j, *_: (b, i, 0, 0)),
             pl.BlockSpec((1, per_held, 1, size.kv), lambda b, h, i, j, o, *_: (b, held(b, i, j, o), 0, 0)),
         ]
+    scalars = [offsets, sinks * LOG2_E, slopes * LOG2_E]
+    if options.segments:
+        scalars += [common.ranges(segments[0], q_length, size.q), common.ranges(segments[1], kv_length, size.kv)]
     state = [pltpu.VMEM((height, size.q), jnp.float32) for height in (1, SUBLANES, head_dim)]
     out, lse = pl.pallas_call(
         functools.partial(_kernel, options, size, num_held),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(batch, num_heads, num_q, num_held),
             in_specs=in_specs,
             out_specs=[
@@ -221,13 +224,14 @@ def forward(options: Options, q, k, v, sinks, slopes, offsets, segments) -> tupl
         ),
         interpret=common.interpret(),
         name="attention_forward",
-    )(offsets, sinks * LOG2_E, slopes * LOG2_E, *arrays)
+    )(*scalars, *arrays)
     return common.unpadded_heads(out, q), lse.reshape(batch, num_heads, q_length)[:, :, :num_queries]
 
 
 def _kernel(options: Options, size: ForwardBlocks, num_held: int, offsets, sinks, slopes, *refs):
     """A block of queries against the keys held; the state lives in scratch from the first of them to the last."""
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
+    ranges, refs = (refs[:2], refs[2:]) if options.segments else ((), refs)
     q_ref, k_ref, v_ref = refs[:3]
     ids = refs[3:5] if options.segments else None
     out_ref, lse_ref, *scratch = refs[5 if options.segments else 3 :]
@@ -253,16 +257,28 @@ def _kernel(options: Options, size: ForwardBlocks, num_held: int, offsets, sinks
     else:  # the fast body needs a maximum
         nothing_masked = (full_first == visible.first) & (full_last == visible.last)
         full_first = jnp.where(nothing_masked, jnp.minimum(full_first + 1, full_last), full_first)
-    before = full_first - visible.first
+    num_careful = (full_first - visible.first) + (visible.last - full_last)
 
-    @pl.loop(0, before + visible.last - full_last)
+    @pl.loop(0, visible.last - visible.first if options.segments else num_careful)
     def _(step):
-        careful(jnp.where(step < before, visible.first + step, full_last + step - before))
+        block = visible.first + step
+        if options.segments:  # blocks of one segment are for the fast body, those that share none for nobody
+            share, alike = common.relation(ranges, b, i, block)
+            full = (full_first <= block) & (block < full_last)
+            pl.when(share & ~(alike & full))(lambda: careful(block))
+        else:
+            careful(jnp.where(block < full_first, block, block + full_last - full_first))
 
     @pl.when(full_first < full_last)
     def _():
         excess_ref[...] = jnp.zeros(excess_ref.shape, jnp.float32)
-        pl.loop(full_first, full_last)(fast)
+
+        @pl.loop(full_first, full_last)
+        def _(block):
+            if options.segments:
+                pl.when(common.relation(ranges, b, i, block)[1])(lambda: fast(block))
+            else:
+                fast(block)
 
         @pl.when(jnp.max(excess_ref[...]) > LIMIT)
         def _():

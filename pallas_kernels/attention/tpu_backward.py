@@ -118,10 +118,13 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
             pl.BlockSpec((1, num_q, 1, size.q), lambda b, h, j, *_: (b, 0, 0, 0)),
             pl.BlockSpec((1, 1, 1, size.kv), lambda b, h, j, *_: (b, j, 0, 0)),
         ]
+    scalars = [offsets, slopes * LOG2_E]
+    if options.segments:
+        scalars += [common.ranges(segments[0], q_length, size.q), common.ranges(segments[1], kv_length, size.kv)]
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, options, size, num_q, num_kv),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(scalars),
             grid=(batch, num_heads, num_kv),
             in_specs=in_specs,
             out_specs=[
@@ -146,13 +149,14 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
         ),
         interpret=common.interpret(),
         name="attention_backward",
-    )(offsets, slopes * LOG2_E, *arrays)
+    )(*scalars, *arrays)
     return common.unpadded_heads(dq, q), dk, dv
 
 
 def _kernel(options: Options, size: BackwardBlocks, num_q: int, num_kv: int, offsets, slopes, *refs):
     """A block of keys against all queries held that see it; the queries' gradient is written with the last block."""
     b, h, j = (pl.program_id(axis) for axis in range(3))
+    ranges, refs = (refs[:2], refs[2:]) if options.segments else ((), refs)
     inputs = refs[: 9 if options.segments else 7]
     dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum = refs[len(inputs) :]
     sums = dq_sum, dk_sum, dv_sum
@@ -166,13 +170,22 @@ def _kernel(options: Options, size: BackwardBlocks, num_q: int, num_kv: int, off
     offset = offsets[b]
     visible = common.visible_queries(options, j * size.kv, offset, num_q * size.q, size.q, size.kv)
     body = functools.partial(_body, options, size, inputs, sums, slopes[h], offset, j * size.kv)
-    before = visible.full_first - visible.first
+    num_masked = (visible.full_first - visible.first) + (visible.last - visible.full_last)
 
-    @pl.loop(0, before + visible.last - visible.full_last)
+    @pl.loop(0, visible.last - visible.first if options.segments else num_masked)
     def _(step):
-        body(jnp.where(step < before, visible.first + step, visible.full_last + step - before), masked=True)
+        block = visible.first + step
+        if options.segments:
+            share, alike = common.relation(ranges, b, block, j)
+            alike &= (visible.full_first <= block) & (block < visible.full_last)
+            pl.when(alike)(lambda: body(block, masked=False))
+            pl.when(share & ~alike)(lambda: body(block, masked=True))
+        else:
+            skipped = visible.full_last - visible.full_first
+            body(jnp.where(block < visible.full_first, block, block + skipped), masked=True)
 
-    pl.loop(visible.full_first, visible.full_last)(functools.partial(body, masked=False))
+    if not options.segments:
+        pl.loop(visible.full_first, visible.full_last)(functools.partial(body, masked=False))
 
     dk_ref[0] = (dk_sum[...] * options.dk_factor).astype(dk_ref.dtype)
     dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)

@@ -100,7 +100,7 @@ def _blocks(position: Index, size: int, limit: int) -> Array:
 
 def _ordered(options: Options, first: Array, full_first: Array, full_last: Array, last: Array) -> Visible:
     last = jnp.maximum(first, last)
-    if options.segments:
+    if options.segments and not options.causal:  # on the diagonal every query sees a key; here nothing says so
         return Visible(first, last, last, last)
     full_first = jnp.clip(full_first, first, last)
     return Visible(first, full_first, jnp.clip(full_last, full_first, last), last)
@@ -176,6 +176,21 @@ def rows(x: Array, length: int, size: int, value: Any) -> Array:
     """[.., T] -> [.., length / size, 1, size], `value` behind."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value)
     return x.reshape(*x.shape[:-1], length // size, 1, size)
+
+
+def ranges(ids: Array, length: int, size: int) -> Array:
+    """Smallest and largest of the segment ids [B, T] in each block, [B, length / size, 2]; padding counts as -1."""
+    blocks_of_ids = rows(ids, length, size, -1)[:, :, 0]
+    return jnp.stack([jnp.min(blocks_of_ids, axis=-1), jnp.max(blocks_of_ids, axis=-1)], axis=-1).astype(jnp.int32)
+
+
+def relation(ranges: Any, b: Index, q_block: Index, kv_block: Index) -> tuple[Array, Array]:
+    """Whether a block of queries and one of keys may share a segment, and whether all of both are of one segment."""
+    q_ranges, kv_ranges = ranges
+    q_low, q_high = q_ranges[b, q_block, 0], q_ranges[b, q_block, 1]
+    kv_low, kv_high = kv_ranges[b, kv_block, 0], kv_ranges[b, kv_block, 1]
+    share = (q_low <= kv_high) & (kv_low <= q_high)
+    return share, (q_low == kv_high) & (kv_low == q_high) & (q_low == q_high)
 
 
 def round_up(x: int, multiple: int) -> int:

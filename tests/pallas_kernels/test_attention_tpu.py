@@ -115,6 +115,8 @@ def test_bfloat16():
         Case(window=100, queries=300, keys=400),
         Case(window=129, queries=300, keys=400, causal=False),
         Case(segments=True, queries=300, keys=300, batch=2),
+        Case(segments=True, queries=640, keys=640),  # whole blocks of one segment, and blocks that share none
+        Case(segments=True, queries=640, keys=640, window=300),
         Case(softcap=5.0, queries=384, keys=384),
         Case(sinks=True, group=2, queries=300, keys=300),
         Case(alibi=True, group=2, queries=384, keys=384),
@@ -128,6 +130,20 @@ def test_bfloat16():
 )
 def test_masks_and_shapes(case):
     check(case)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_two_blocks_of_segments_have_in_common(seed):
+    rng = np.random.default_rng(seed)
+    q_ids, kv_ids = rng.integers(0, 4, (1, 24)), np.sort(rng.integers(0, 4, (1, 40)))
+    q_ids[:, 8:16] = 2  # a block of one segment, for some of the keys' to be of the same
+    kv_ids[:, 8:16] = 2
+    ranges = [tpu.common.ranges(jnp.asarray(ids), ids.shape[1], 8) for ids in (q_ids, kv_ids)]
+    for i, j in np.ndindex(3, 5):
+        share, alike = tpu.common.relation(ranges, 0, i, j)
+        equal = q_ids[0, 8 * i : 8 * i + 8, None] == kv_ids[0, 8 * j : 8 * j + 8]
+        assert share or not equal.any()
+        assert alike == equal.all()
 
 
 def test_scores_beyond_the_fast_bodys_range_are_gone_through_again():
