@@ -78,17 +78,8 @@ def attention(
 ):
     """See `api.attention`; `refuse` says what is not taken."""
     assert bias is None
-    options = Options(
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        group=q.shape[2] // k.shape[2],
-        num_keys=k.shape[1],
-        segments=q_segment_ids is not None,
-        alibi=alibi_slopes is not None,
-        sinks=sinks is not None,
-    )
+    options = _options(q, k, causal, window, softcap, scale, q_segment_ids)
+    options = options._replace(alibi=alibi_slopes is not None, sinks=sinks is not None)
     offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
     nothing = jnp.zeros(q.shape[2], jnp.float32)
     slopes = nothing if alibi_slopes is None else alibi_slopes.astype(jnp.float32)
@@ -101,7 +92,15 @@ def backward(
     q, k, v, d_out, lse, delta, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale
 ) -> tuple[Array, Array, Array]:
     """See `xla.backward`: (dq, dk, dv) of a block of keys out of many."""
-    options = Options(
+    options = _options(q, k, causal, window, softcap, scale, q_segment_ids)
+    offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
+    slopes, segments = jnp.zeros(q.shape[2], jnp.float32), (q_segment_ids, kv_segment_ids)
+    return tpu_backward.backward(options, q, k, v, slopes, offsets, segments, d_out, lse, delta)
+
+
+def _options(q, k, causal, window, softcap, scale, q_segment_ids) -> Options:
+    """Of a call without ALiBi and sinks."""
+    return Options(
         causal=causal,
         window=window,
         softcap=softcap,
@@ -112,9 +111,6 @@ def backward(
         alibi=False,
         sinks=False,
     )
-    offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
-    slopes, segments = jnp.zeros(q.shape[2], jnp.float32), (q_segment_ids, kv_segment_ids)
-    return tpu_backward.backward(options, q, k, v, slopes, offsets, segments, d_out, lse, delta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,10 +140,7 @@ _attention.defvjp(_forward, _backward)
 def candidates(head_dim: int, num_queries: int, num_keys: int, itemsize: int, vmem: int) -> list[ForwardBlocks]:
     """Sizes that fit, best first: long bodies, all keys held where VMEM allows."""
     head_dim, fitting = round_up(head_dim, LANES), []
-    for q, kv in (1024, 1024), (512, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128):
-        if itemsize == 4 and q * kv > 512 * 512:  # products in full precision make bodies six times as long
-            continue
-        q, kv = min(q, round_up(num_queries, LANES)), min(kv, round_up(num_keys, LANES))
+    for q, kv in common.body_sizes(num_queries, num_keys, itemsize):
         scores = 4 * q * kv * 4
         queries = q * head_dim * (4 * itemsize + 8)
         room = int(0.75 * vmem) - scores - queries

@@ -33,10 +33,7 @@ class BackwardBlocks(NamedTuple):
 def candidates(head_dim: int, num_queries: int, num_keys: int, itemsize: int, vmem: int) -> list[BackwardBlocks]:
     """Sizes that fit, best first: long bodies hide the matrix unit's latency, all queries held save sums of parts."""
     head_dim, fitting = round_up(head_dim, LANES), []
-    for q, kv in (1024, 1024), (512, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128):
-        if itemsize == 4 and q * kv > 512 * 512:  # products in full precision make bodies six times as long
-            continue
-        q, kv = min(q, round_up(num_queries, LANES)), min(kv, round_up(num_keys, LANES))
+    for q, kv in common.body_sizes(num_queries, num_keys, itemsize):
         scores = 4 * q * kv * 4
         keys = kv * head_dim * (4 * itemsize + 6 * 4)
         room = int(0.85 * vmem) - scores - keys

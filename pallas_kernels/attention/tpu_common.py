@@ -7,6 +7,7 @@ Scores are in base 2: the factor log2(e) sits in the scaled queries, and exp2 is
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -195,6 +196,14 @@ def relation(ranges: Any, b: Index, q_block: Index, kv_block: Index) -> tuple[Ar
 
 def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
+
+
+def body_sizes(num_queries: int, num_keys: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Queries and keys of a body to be tried, best first."""
+    for q, kv in (1024, 1024), (512, 1024), (1024, 512), (512, 512), (256, 512), (256, 256), (128, 128):
+        if itemsize == 4 and q * kv > 512 * 512:  # products in full precision make bodies six times as long
+            continue
+        yield min(q, round_up(num_queries, LANES)), min(kv, round_up(num_keys, LANES))
 
 
 def vmem_capacity() -> int:

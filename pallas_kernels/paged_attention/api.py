@@ -88,8 +88,7 @@ def paged_attention(
         "scale": scale,
     }
     _check(**arguments)
-    arguments["scale"] = q.shape[2] ** -0.5 if scale is None else scale
-    return dispatch.call("paged_attention", IMPLEMENTATIONS, implementation, arguments, _layout(pages))
+    return _run("paged_attention", implementation, arguments)
 
 
 def cascade_attention(
@@ -141,8 +140,13 @@ def cascade_attention(
     _check(**arguments)
     if isinstance(prefix_length, int) and prefix_length % pages.data.shape[3]:
         raise ValueError(f"prefix_length={prefix_length} is not a multiple of page_size={pages.data.shape[3]}")
-    arguments["scale"] = q.shape[2] ** -0.5 if scale is None else scale
-    return dispatch.call("cascade_attention", IMPLEMENTATIONS, implementation, arguments, _layout(pages))
+    return _run("cascade_attention", implementation, arguments)
+
+
+def _run(op: str, implementation: dispatch.Wanted, arguments: dict[str, Any]):
+    if arguments["scale"] is None:
+        arguments["scale"] = arguments["q"].shape[2] ** -0.5
+    return dispatch.call(op, IMPLEMENTATIONS, implementation, arguments, _layout(arguments["pages"]))
 
 
 def _layout(pages: KVPages) -> Layout:
