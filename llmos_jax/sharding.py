@@ -5,9 +5,11 @@ mesh axis a name is split over. Nothing here is told the size of the model: the 
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
+    "residual": ("context", "tensor"),  # the sequence between layers, which the tensor axis splits too
     # parameters
     "layers": (),
     "vocab": ("tensor",),
@@ -72,12 +75,12 @@ def axis_size(name: str) -> int:
 
 
 def sharded(function, in_logical: tuple[Logical, ...], out_logical):
-    """`function` as a `shard_map` over the surrounding mesh; the function itself where that is a single device.
+    """`function` as a `shard_map` over the surrounding mesh; the function itself where there is none.
 
     Args:
       function: takes and returns per-device blocks; may use the mesh axes in collectives.
-      in_logical, out_logical: the names of the dimensions of each argument and result. A dimension that is named
-        None arrives whole (the compiler gathers it).
+      in_logical, out_logical: the names of the dimensions of each argument and result (any pytree). A dimension that
+        is named None arrives whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -88,6 +91,57 @@ def sharded(function, in_logical: tuple[Logical, ...], out_logical):
 
 def _is_logical(value) -> bool:
     return isinstance(value, tuple) and all(name is None or isinstance(name, str) for name in value)
+
+
+def token_dims(shape: tuple[int, ...]) -> Logical:
+    """The names of the first two dimensions of activations [B, T, ...]: "residual" splits T over the tensor axis too.
+
+    A dimension that the mesh does not divide (one sequence, one new token) stays whole.
+    """
+
+    def fits(name: str, size: int) -> bool:
+        return size % math.prod(map(axis_size, RULES[name])) == 0
+
+    batch = "batch" if fits("batch", shape[0]) else None
+    return batch, next((name for name in ("residual", "sequence") if fits(name, shape[1])), None)
+
+
+# Collectives, inside `sharded`. Each is left out where its axis has one device. Their transposes are each other's, so
+# that a layer's backward pass has the same few: what is gathered forward is summed and scattered backward.
+
+
+def whole(weight: jax.Array, logical: Logical, dtype) -> jax.Array:
+    """A weight in `dtype` with the dimensions that `fsdp` splits gathered; those of other axes stay split."""
+    weight = weight.astype(dtype)
+    if axis_size("fsdp") == 1:
+        return weight
+    for dim, name in enumerate(logical):
+        if name is not None and "fsdp" in RULES[name]:
+            # Gathered as the first dimension: only there do TPUs scatter the gradient's sums, elsewhere they add up all
+            # of it on every device and slice. The move itself is a choice of layout, not a copy.
+            first = jax.lax.all_gather(jnp.moveaxis(weight, dim, 0), "fsdp", axis=0, tiled=True)
+            weight = jnp.moveaxis(first, 0, dim)
+    return weight
+
+
+def gather_tokens(x: jax.Array, sequence: str | None) -> jax.Array:
+    """[B, T, ...] between layers -> with all tokens that the tensor axis's devices work on together."""
+    if sequence != "residual" or axis_size("tensor") == 1:
+        return x
+    if x.shape[0] == 1:
+        return jax.lax.all_gather(x[0], "tensor", axis=0, tiled=True)[None]
+    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+
+
+def sum_over_tensor(x: jax.Array, sequence: str | None) -> jax.Array:
+    """Adds up the parts [B, T, D] that the tensor axis's devices computed, back into the layout between layers."""
+    if axis_size("tensor") == 1:
+        return x
+    if sequence != "residual":
+        return jax.lax.psum(x, "tensor")
+    if x.shape[0] == 1:  # as a matrix: see `whole`
+        return jax.lax.psum_scatter(x[0], "tensor", scatter_dimension=0, tiled=True)[None]
+    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

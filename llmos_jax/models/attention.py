@@ -1,7 +1,7 @@
-"""The attention layer: projections, head norms, rotary positions, the KV cache, and the kernel under its mesh."""
+"""The attention layer: projections, head norms, rotary positions, the KV cache, and the kernel, on each device's part."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,21 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from llmos_jax.config import ModelConfig
-from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, out_std, parameter, project
-from llmos_jax.sharding import axis_size, constrain, sharded
+from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, norm, out_std, parameter, present, project
+from llmos_jax.sharding import axis_size, gather_tokens, sharded, sum_over_tensor, token_dims, whole
+
+Rope = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
+
+WEIGHTS = {
+    "q": ("embed", "heads", "head_dim"),
+    "k": ("embed", "kv_heads", "head_dim"),
+    "v": ("embed", "kv_heads", "head_dim"),
+    "o": ("heads", "head_dim", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
+    "o_bias": ("norm",),
+}
 
 
 class Cache(NamedTuple):
@@ -28,70 +41,92 @@ class Attention(nnx.Module):
         self.config = config
         self.window = config.sliding_window if kind == "local" else None
         d, n, k, h = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        make = functools.partial(parameter, rngs, config, stack)
-        self.q = make((d, n, h), ("embed", "heads", "head_dim"), INIT_STD)
-        self.k = make((d, k, h), ("embed", "kv_heads", "head_dim"), INIT_STD)
-        self.v = make((d, k, h), ("embed", "kv_heads", "head_dim"), INIT_STD)
-        self.o = make((n, h, d), ("heads", "head_dim", "embed"), out_std(config))
-        self.q_bias = make((n, h), ("heads", "head_dim"), 0.0) if config.qkv_bias else None
-        self.k_bias = make((k, h), ("kv_heads", "head_dim"), 0.0) if config.qkv_bias else None
-        self.v_bias = make((k, h), ("kv_heads", "head_dim"), 0.0) if config.qkv_bias else None
-        self.o_bias = make((d,), ("norm",), 0.0) if config.attention_out_bias else None
+
+        def make(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+            return parameter(rngs, config, stack, shape, WEIGHTS[name], std)
+
+        self.q = make("q", (d, n, h), INIT_STD)
+        self.k = make("k", (d, k, h), INIT_STD)
+        self.v = make("v", (d, k, h), INIT_STD)
+        self.o = make("o", (n, h, d), out_std(config))
+        self.q_bias = make("q_bias", (n, h), 0.0) if config.qkv_bias else None
+        self.k_bias = make("k_bias", (k, h), 0.0) if config.qkv_bias else None
+        self.v_bias = make("v_bias", (k, h), 0.0) if config.qkv_bias else None
+        self.o_bias = make("o_bias", (d,), 0.0) if config.attention_out_bias else None
         self.q_norm = Norm(config, rngs, stack, h, "rmsnorm") if config.qk_norm else None
         self.k_norm = Norm(config, rngs, stack, h, "rmsnorm") if config.qk_norm else None
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Array, Array] | None,
+        rope: Rope | None,
         segment_ids: Int[Array, "B T"] | None,
         cache: Cache | None = None,
         offset: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """With a cache, the T new tokens of sequence b are written at offset[b] and see all before them."""
-        q = self._project(x, self.q, self.q_bias, self.q_norm, "heads")
-        k = self._project(x, self.k, self.k_bias, self.k_norm, "kv_heads")
-        v = self._project(x, self.v, self.v_bias, None, "kv_heads")
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        weights, names = present(self, WEIGHTS)
+        for name, head_norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            if head_norm is not None:
+                weights[name], names[name] = head_norm.scale[...], ("norm",)
+        options = {
+            "window": self.window,
+            "softcap": self.config.attention_softcap,
+            "scale": self.config.attention_scale,
+        }
+        batch, sequence = token_dims(x.shape)
+        if cache is not None and axis_size("context") > 1:
+            sequence = None  # the cache is not split by tokens
+        tokens = (batch, "sequence" if sequence else None)
+        turns = None if rope is None else ((*tokens, None, None),) * 2
+        stream = (batch, sequence, None)
         if cache is None:
-            out = self._attend(q, k, v, segment_ids)
-        else:
-            assert offset is not None, "a cache needs the place of its new tokens"
-            cache = Cache(_write(cache.k, k, offset), _write(cache.v, v, offset))
-            out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, **self._options())
-        out = project(out, self.o[...], num_in=2)
-        if self.o_bias is not None:
-            out = out + self.o_bias[...].astype(x.dtype)
-        return constrain(out, "batch", "sequence", None), cache
+            if segment_ids is None:
+                segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+            run = functools.partial(_attend, self.config, options, sequence)
+            return sharded(run, (stream, turns, tokens, names), stream)(x, rope, segment_ids, weights), None
+        assert offset is not None, "a cache needs the place of its new tokens"
+        kept = Cache(*(((batch, None, "kv_heads", None),) * 2))
+        run = functools.partial(_attend_cached, self.config, options, sequence)
+        return sharded(run, (stream, turns, kept, (batch,), names), (stream, kept))(x, rope, cache, offset, weights)
 
-    def _project(self, x, weight, bias, norm, heads: str) -> Float[Array, "B T N H"]:
-        y = project(x, weight[...])
-        if bias is not None:
-            y = y + bias[...].astype(x.dtype)
-        if norm is not None:
-            y = norm(y)
-        return constrain(y, "batch", "sequence", heads, None)
 
-    def _options(self) -> dict:
-        config = self.config
-        return {"window": self.window, "softcap": config.attention_softcap, "scale": config.attention_scale}
+def _attend(config: ModelConfig, options: dict, sequence: str | None, x, rope, segment_ids, w: dict[str, Any]):
+    """One device's sequences, heads and queries; keys and values are gathered over `context`."""
+    q, k, v = _project_in(config, gather_tokens(x, sequence), rope, w)
+    offset: int | jax.Array = 0
+    key_ids = segment_ids
+    if sequence is not None and axis_size("context") > 1:
+        offset = jax.lax.axis_index("context") * q.shape[1]
+        k, v, key_ids = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v, segment_ids))
+    out = pallas_kernels.attention(
+        q, k, v, q_offset=offset, q_segment_ids=segment_ids, kv_segment_ids=key_ids, **options
+    )
+    return _project_out(out, sequence, w)
 
-    def _attend(self, q, k, v, segment_ids):
-        """Each device takes its own sequences, heads and queries; keys and values are gathered over `context`."""
-        if segment_ids is None:
-            segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
-        num_parts = axis_size("context")
 
-        def local(q, k, v, q_ids, kv_ids):
-            offset = jax.lax.axis_index("context") * q.shape[1] if num_parts > 1 else 0
-            return pallas_kernels.attention(
-                q, k, v, q_offset=offset, q_segment_ids=q_ids, kv_segment_ids=kv_ids, **self._options()
-            )
+def _attend_cached(config: ModelConfig, options: dict, sequence: str | None, x, rope, cache, offset, w: dict[str, Any]):
+    q, k, v = _project_in(config, gather_tokens(x, sequence), rope, w)
+    cache = Cache(_write(cache.k, k, offset), _write(cache.v, v, offset))
+    out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, **options)
+    return _project_out(out, sequence, w), cache
 
-        queries, keys = ("batch", "sequence", "heads", None), ("batch", None, "kv_heads", None)
-        run = sharded(local, (queries, keys, keys, ("batch", "sequence"), ("batch", None)), queries)
-        return run(q, k, v, segment_ids, segment_ids)
+
+def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None, w: dict[str, Any]):
+    def one(name: str) -> Float[Array, "B T heads H"]:
+        y = project(x, whole(w[name], WEIGHTS[name], x.dtype))
+        if f"{name}_bias" in w:
+            y = y + w[f"{name}_bias"].astype(x.dtype)
+        if f"{name}_norm" in w:
+            y = norm(config, y, w[f"{name}_norm"])
+        return y if rope is None or name == "v" else apply_rope(y, rope)
+
+    return one("q"), one("k"), one("v")
+
+
+def _project_out(out: Float[Array, "B T N H"], sequence: str | None, w: dict[str, Any]) -> Float[Array, "B t D"]:
+    out = sum_over_tensor(project(out, whole(w["o"], WEIGHTS["o"], out.dtype), num_in=2), sequence)
+    return out + w["o_bias"].astype(out.dtype) if "o_bias" in w else out
 
 
 def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], offset: Int[Array, "B"]):

@@ -18,7 +18,7 @@ from llmos_jax.config import ModelConfig
 from llmos_jax.models.attention import Attention, Cache
 from llmos_jax.models.layers import INIT_STD, Embed, Mlp, Norm, Stack, parameter, rope_tables
 from llmos_jax.models.moe import Moe
-from llmos_jax.sharding import constrain, sharding
+from llmos_jax.sharding import constrain, sharding, token_dims
 
 Params = dict[str, jax.Array]
 Unstacked = dict[str, jax.Array | tuple[jax.Array, ...]]  # a stack of layers as one array each
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
                 for graph, state in zip(graphs, layer, strict=True):
                     x, extra, _ = nnx.merge(graph, state)(x, context)
                     aux = aux + extra
-                return (constrain(x, "batch", "sequence", None), aux), None
+                return (constrain(x, *token_dims(x.shape), None), aux), None
 
             body = rematerialized(body, self.config.remat)
             if self.config.scan_layers:

@@ -4,7 +4,9 @@ Every module takes `stack`, the leading shape of its parameters: () for one laye
 The forward pass always sees one layer's slice.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
-from llmos_jax.sharding import axis_size, constrain
+from llmos_jax.sharding import axis_size, constrain, gather_tokens, sharded, sum_over_tensor, token_dims, whole
 from pallas_kernels.cpu import matmul
 
 INIT_STD = 0.02
@@ -36,25 +38,41 @@ def out_std(config: ModelConfig) -> float:
     return INIT_STD / math.sqrt(2 * config.num_layers)
 
 
+def present(module: nnx.Module, logical: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values, and the names of their dimensions, of those parameters of a table that `module` has."""
+    values = {name: getattr(module, name)[...] for name in logical if getattr(module, name) is not None}
+    return values, {name: logical[name] for name in values}
+
+
 class Norm(nnx.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm, computed in float32."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = (), size: int = 0, kind: str = ""):
-        size, self.kind = size or config.embed_dim, kind or config.norm
-        self.eps, self.offset = config.norm_eps, 1.0 if config.norm_offset else 0.0
+        self.config, self.kind = config, kind or config.norm
+        size = size or config.embed_dim
         self.scale = parameter(rngs, config, stack, (size,), ("norm",), 0.0)
-        self.scale.set_value(self.scale.get_value() + (1.0 - self.offset))
+        self.scale.set_value(self.scale.get_value() + (0.0 if config.norm_offset else 1.0))
         self.bias = parameter(rngs, config, stack, (size,), ("norm",), 0.0) if self.kind == "layernorm" else None
 
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y = y * (self.scale[...].astype(jnp.float32) + self.offset)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        return norm(self.config, x, self.scale[...], None if self.bias is None else self.bias[...], self.kind)
+
+
+def norm(
+    config: ModelConfig,
+    x: Float[Array, "*rest D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"] | None = None,
+    kind: str = "rmsnorm",
+) -> Float[Array, "*rest D"]:
+    y = x.astype(jnp.float32)
+    if kind == "layernorm":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    y = y * (scale.astype(jnp.float32) + (1.0 if config.norm_offset else 0.0))
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
 class Embed(nnx.Module):
@@ -67,13 +85,26 @@ class Embed(nnx.Module):
         self.positions = parameter(rngs, config, (), shape, ("norm", "embed"), INIT_STD) if learned else None
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = constrain(self.table[...], "vocab", None).astype(self.dtype)[tokens]
+        batch, sequence = token_dims(tokens.shape)
+        run = functools.partial(_look_up, self.dtype, sequence)
+        ids = (batch, "sequence" if sequence else None)
+        x = sharded(run, (ids, ("vocab", "embed")), (batch, sequence, None))(tokens, self.table[...])
         if self.scale is not None:
             # Rounded to the compute dtype first, as the published weights were trained.
             x = x * jnp.asarray(self.scale, self.dtype)
         if self.positions is not None:
-            x = x + self.positions[...].astype(self.dtype)[positions]
-        return constrain(x, "batch", "sequence", None)
+            x = x + constrain(self.positions[...].astype(self.dtype), None, None)[positions]
+        return constrain(x, batch, sequence, None)
+
+
+def _look_up(dtype, sequence: str | None, tokens: Int[Array, "B T"], table: Float[Array, "V D"]):
+    """Each device of the tensor axis has the rows of its part of the vocabulary; the others add zeros."""
+    table = whole(table, ("vocab", "embed"), dtype)
+    if axis_size("tensor") == 1:
+        return table[tokens]
+    row = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+    ours = (row >= 0) & (row < table.shape[0])
+    return sum_over_tensor(jnp.where(ours[..., None], table[jnp.where(ours, row, 0)], 0), sequence)
 
 
 def activation(name: str, x: Array) -> Array:
@@ -85,15 +116,21 @@ def activation(name: str, x: Array) -> Array:
 def project(x: Array, weight: Array, num_in: int = 1) -> Array:
     """x [B, T, *in] times weight [*in, *out] -> [B, T, *out]; `num_in` is the number of dimensions of `in`.
 
-    Tokens become one dimension where their order on the devices allows it: a weight's gradient is then a plain product,
-    which XLA's CPU backend computes several times faster than one that contracts batch and sequence apart.
+    Tokens become one dimension: a weight's gradient is then a plain product, which XLA's CPU backend computes several
+    times faster than one that contracts batch and sequence apart.
     """
     size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
-    matrix = weight.reshape(size, -1).astype(x.dtype)
     tokens = x.shape[: x.ndim - num_in]
-    flat = (-1,) if axis_size("context") == 1 else tokens
-    x = x.reshape(*flat, size)
-    return (matmul(x, matrix) if x.ndim == 2 else x @ matrix).reshape(*tokens, *out)
+    return matmul(x.reshape(-1, size), weight.reshape(size, -1)).reshape(*tokens, *out)
+
+
+MLP_WEIGHTS = {
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "up_bias": ("mlp",),
+    "down_bias": ("norm",),
+}
 
 
 class Mlp(nnx.Module):
@@ -102,26 +139,33 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: Stack = ()):
         self.config = config
         d, f = config.embed_dim, config.mlp_dim
-        self.gate = parameter(rngs, config, stack, (d, f), ("embed", "mlp"), INIT_STD) if config.gated_mlp else None
-        self.up = parameter(rngs, config, stack, (d, f), ("embed", "mlp"), INIT_STD)
-        self.down = parameter(rngs, config, stack, (f, d), ("mlp", "embed"), out_std(config))
-        self.up_bias = parameter(rngs, config, stack, (f,), ("mlp",), 0.0) if config.mlp_bias else None
-        self.down_bias = parameter(rngs, config, stack, (d,), ("norm",), 0.0) if config.mlp_bias else None
+
+        def make(name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+            return parameter(rngs, config, stack, shape, MLP_WEIGHTS[name], std)
+
+        self.gate = make("gate", (d, f), INIT_STD) if config.gated_mlp else None
+        self.up = make("up", (d, f), INIT_STD)
+        self.down = make("down", (f, d), out_std(config))
+        self.up_bias = make("up_bias", (f,), 0.0) if config.mlp_bias else None
+        self.down_bias = make("down_bias", (d,), 0.0) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = project(x, self.up[...])
-        if self.up_bias is not None:
-            up = up + self.up_bias[...].astype(x.dtype)
-        up = constrain(up, "batch", "sequence", "mlp")
-        if self.gate is None:
-            hidden = activation(self.config.activation, up)
-        else:
-            gate = constrain(project(x, self.gate[...]), "batch", "sequence", "mlp")
-            hidden = activation(self.config.activation, gate) * up
-        out = project(hidden, self.down[...])
-        if self.down_bias is not None:
-            out = out + self.down_bias[...].astype(x.dtype)
-        return constrain(out, "batch", "sequence", None)
+        weights, names = present(self, MLP_WEIGHTS)
+        stream = (*token_dims(x.shape), None)
+        run = functools.partial(_mlp, self.config.activation, stream[1])
+        return sharded(run, (stream, names), stream)(x, weights)
+
+
+def _mlp(act: str, sequence: str | None, x: Float[Array, "B T D"], w: dict[str, Any]) -> Float[Array, "B T D"]:
+    """One device's part of the inside of the mlp, over all tokens of its tensor axis."""
+    weight = {name: whole(value, MLP_WEIGHTS[name], x.dtype) for name, value in w.items()}
+    x = gather_tokens(x, sequence)
+    up = project(x, weight["up"])
+    if "up_bias" in weight:
+        up = up + weight["up_bias"]
+    hidden = activation(act, project(x, weight["gate"])) * up if "gate" in weight else activation(act, up)
+    out = sum_over_tensor(project(hidden, weight["down"]), sequence)
+    return out + weight["down_bias"] if "down_bias" in weight else out
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, theta: float, scaled: bool = True) -> tuple[np.ndarray, float]:

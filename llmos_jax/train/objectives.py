@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from llmos_jax.config import RunConfig, UserError
 from llmos_jax.models.decoder import Params, bind
-from llmos_jax.sharding import axis_size, sharded
+from llmos_jax.sharding import axis_size, gather_tokens, sharded, token_dims, whole
 
 Batch = dict[str, jax.Array]
 
@@ -46,26 +46,26 @@ def _cross_entropy(
     mask: Float[Array, "B T"],
 ):
     """The fused projection and loss, each device over its own tokens and its part of the vocabulary."""
-    vocab_axis = "tensor" if axis_size("tensor") > 1 else None
+    stream, kernel = (*token_dims(hidden.shape), None), ("vocab", "embed") if transposed else ("embed", "vocab")
 
     def local(hidden, weight, targets, mask):
+        hidden = gather_tokens(hidden, stream[1])
         sums = pallas_kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
-            weight,
+            whole(weight, kernel, hidden.dtype),
             targets.reshape(-1),
             mask.reshape(-1),
             transposed=transposed,
             z_loss=config.train.z_loss,
             softcap=config.model.logit_softcap,
-            vocab_axis=vocab_axis,
+            vocab_axis="tensor" if axis_size("tensor") > 1 else None,
         )
         axes = ("data", "fsdp", "expert", "context")
         return jax.lax.psum(sums, axes) if not jax.sharding.get_abstract_mesh().empty else sums
 
     tokens = ("batch", "sequence")
-    kernel = ("vocab", None) if transposed else (None, "vocab")
-    run = sharded(local, ((*tokens, None), kernel, tokens, tokens), ((), ()))
-    return run(hidden, weight.astype(hidden.dtype), targets, mask)
+    run = sharded(local, (stream, kernel, tokens, tokens), ((), ()))
+    return run(hidden, weight, targets, mask)
 
 
 OBJECTIVES = {"causal_lm": causal_lm}
