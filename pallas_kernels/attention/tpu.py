@@ -78,7 +78,7 @@ def attention(
 ):
     """See `api.attention`; `refuse` says what is not taken."""
     assert bias is None
-    options = _options(q, k, causal, window, softcap, scale, q_segment_ids)
+    options = _options(q, k, causal, window, softcap, scale, q_segment_ids, q_offset)
     options = options._replace(alibi=alibi_slopes is not None, sinks=sinks is not None)
     offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
     nothing = jnp.zeros(q.shape[2], jnp.float32)
@@ -92,13 +92,13 @@ def backward(
     q, k, v, d_out, lse, delta, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale
 ) -> tuple[Array, Array, Array]:
     """See `xla.backward`: (dq, dk, dv) of a block of keys out of many."""
-    options = _options(q, k, causal, window, softcap, scale, q_segment_ids)
+    options = _options(q, k, causal, window, softcap, scale, q_segment_ids, q_offset)
     offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
     slopes, segments = jnp.zeros(q.shape[2], jnp.float32), (q_segment_ids, kv_segment_ids)
     return tpu_backward.backward(options, q, k, v, slopes, offsets, segments, d_out, lse, delta)
 
 
-def _options(q, k, causal, window, softcap, scale, q_segment_ids) -> Options:
+def _options(q, k, causal, window, softcap, scale, q_segment_ids, q_offset) -> Options:
     """Of a call without ALiBi and sinks."""
     return Options(
         causal=causal,
@@ -110,6 +110,9 @@ def _options(q, k, causal, window, softcap, scale, q_segment_ids) -> Options:
         segments=q_segment_ids is not None,
         alibi=False,
         sinks=False,
+        pairs=common.visible_pairs(
+            q.shape[1], k.shape[1], causal, window, q_offset if isinstance(q_offset, int) else None
+        ),
     )
 
 
@@ -196,6 +199,10 @@ def forward(options: Options, q, k, v, sinks, slopes, offsets, segments) -> tupl
     if options.segments:
         scalars += [common.ranges(segments[0], q_length, size.q), common.ranges(segments[1], kv_length, size.kv)]
     state = [pltpu.VMEM((height, size.q), jnp.float32) for height in (1, SUBLANES, head_dim)]
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, q_length, num_heads * head_dim), q.dtype),
+        jax.ShapeDtypeStruct((batch, num_heads, num_q, 1, size.q), jnp.float32),
+    ]
     out, lse = pl.pallas_call(
         functools.partial(_kernel, options, size, num_held),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -208,10 +215,8 @@ def forward(options: Options, q, k, v, sinks, slopes, offsets, segments) -> tupl
             ],
             scratch_shapes=state + [pltpu.VMEM((SUBLANES, size.q), jnp.float32)] + (state if num_held > 1 else []),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, q_length, num_heads * head_dim), q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, num_q, 1, size.q), jnp.float32),
-        ],
+        out_shape=out_shape,
+        cost_estimate=common.cost(options, 2, q, *arrays, *out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * vmem)
         ),

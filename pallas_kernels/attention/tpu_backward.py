@@ -57,7 +57,8 @@ def backward(options: Options, q, k, v, slopes, offsets, segments, d_out, lse, d
         ids = (segments[0][:, part], segments[1]) if options.segments else segments
         rows = lse[:, :, part], delta[:, :, part]
         dtype = k.dtype if options.group == 1 and size.q_held >= num_queries else jnp.float32
-        parts.append(_part(options, size, dtype, q[:, part], k, v, slopes, offsets + start, ids, d_out[:, part], *rows))
+        share = options._replace(pairs=options.pairs * q[:, part].shape[1] // num_queries)
+        parts.append(_part(share, size, dtype, q[:, part], k, v, slopes, offsets + start, ids, d_out[:, part], *rows))
     dq = jnp.concatenate([part[0] for part in parts], axis=1)
     dk, dv = (functools.reduce(jnp.add, [part[at] for part in parts]) for at in (1, 2))
 
@@ -118,6 +119,11 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
     scalars = [offsets, slopes * LOG2_E]
     if options.segments:
         scalars += [common.ranges(segments[0], q_length, size.q), common.ranges(segments[1], kv_length, size.kv)]
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, q_length, num_heads * head_dim), q.dtype),
+        jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
+        jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
+    ]
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, options, size, num_q, num_kv),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -135,11 +141,8 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
                 pltpu.VMEM((size.kv, head_dim), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, q_length, num_heads * head_dim), q.dtype),
-            jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
-            jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
-        ],
+        out_shape=out_shape,
+        cost_estimate=common.cost(options, 5, q, *arrays, *out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=int(0.95 * common.vmem_capacity()),

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     segments: bool
     alibi: bool
     sinks: bool
+    pairs: int = 0  # of query and key that a sequence's masks leave, for the cost estimates alone
 
     @property
     def q_factor(self) -> float:
@@ -46,6 +49,25 @@ class Options(NamedTuple):
     def dk_factor(self) -> float:
         """What products of score gradients and scaled queries are multiplied by: scale / q_factor."""
         return 1 / LOG2_E if self.softcap is None else self.softcap
+
+
+def visible_pairs(num_queries: int, num_keys: int, causal: bool, window: int | None, q_offset: int | None) -> int:
+    """Query-key pairs that the masks of one sequence leave; None for an offset means: the mean over all it may be."""
+    if not causal:
+        return num_queries * num_keys
+    if q_offset is None:
+        q_offset = num_keys if num_queries == 1 else max(num_keys - num_queries, 0) // 2
+    stop = np.arange(num_queries) + q_offset + 1
+    first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+    return int(np.maximum(np.minimum(stop, num_keys) - first, 0).sum())
+
+
+def cost(options: Options, products: int, q: Array, *arrays: Any) -> pl.CostEstimate:
+    """Of a kernel with `products` matrix products a pair, that reads and writes `arrays`."""
+    batch, _, num_heads, head_dim = q.shape
+    pairs = options.pairs * num_heads * batch
+    moved = sum(a.size * a.dtype.itemsize for a in arrays)
+    return pl.CostEstimate(flops=2 * products * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved)
 
 
 class Visible(NamedTuple):
