@@ -17,6 +17,7 @@ class UserError(Exception):
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("input", "q", "k", "v", "attention", "attention_out", "gate", "up", "mlp_out")  # in a layer, by name
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 
@@ -96,7 +97,9 @@ class ModelConfig:
 
     dtype: str = "float32"  # of computation
     param_dtype: str = "float32"  # of the stored parameters
-    remat: str = "none"  # none | full | dots | dots_no_batch: what the backward pass recomputes
+    remat: str = "none"  # none | full | dots | dots_no_batch | names: what the backward pass recomputes
+    remat_save: tuple[str, ...] = ()  # names: activations kept on the device (ACTIVATIONS)
+    remat_offload: tuple[str, ...] = ()  # names: activations kept in the host's memory
     scan_layers: bool = True  # one compiled layer, looped; False unrolls (slower to compile, sometimes faster)
 
     @property
@@ -253,7 +256,9 @@ class RunConfig:
 
 
 # Fields of `model` that a run keeps when it starts from a pulled model: how to compute, not what the model is.
-RUNTIME_MODEL_FIELDS = ("dtype", "param_dtype", "remat", "scan_layers", "router_aux_weight")
+RUNTIME_MODEL_FIELDS = (
+    *("dtype", "param_dtype", "remat", "remat_save", "remat_offload", "scan_layers", "router_aux_weight"),
+)
 
 
 def with_model(config: RunConfig, model: ModelConfig) -> RunConfig:
@@ -285,7 +290,14 @@ def check_model(model: ModelConfig) -> None:
     _one_of("model.activation", model.activation, ("silu", "gelu_tanh", "gelu"))
     _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
     _one_of("model.position", model.position, ("rope", "learned"))
-    _one_of("model.remat", model.remat, ("none", "full", "dots", "dots_no_batch"))
+    _one_of("model.remat", model.remat, ("none", "full", "dots", "dots_no_batch", "names"))
+    for field_name in ("remat_save", "remat_offload"):
+        for activation in getattr(model, field_name):
+            _one_of(f"model.{field_name}", activation, ACTIVATIONS)
+        require(
+            model.remat == "names" or not getattr(model, field_name),
+            f"model.{field_name} is set but model.remat={model.remat}; set model.remat=names",
+        )
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.param_dtype", model.param_dtype, DTYPES)
     _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))

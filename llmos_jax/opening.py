@@ -62,7 +62,7 @@ def weights_of(source: Source, model: ModelConfig, mesh: Mesh, progress: Progres
 def for_inference(model: ModelConfig, dtype: str = "") -> ModelConfig:
     """`model` to be computed in `dtype`; the default is bfloat16 on accelerators and float32 on a CPU."""
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return dataclasses.replace(model, dtype=dtype, param_dtype=dtype, remat="none")
+    return dataclasses.replace(model, dtype=dtype, param_dtype=dtype, remat="none", remat_save=(), remat_offload=())
 
 
 def _stored_config(reference: str) -> bytes | None:

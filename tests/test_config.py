@@ -38,7 +38,12 @@ MODEL_RULES = [
     ({"activation": "relu"}, "model.activation='relu' is not known; use one of silu, gelu_tanh, gelu"),
     ({"norm": "batch"}, "model.norm='batch' is not known; use one of rmsnorm, layernorm"),
     ({"position": "alibi"}, "model.position='alibi' is not known; use one of rope, learned"),
-    ({"remat": "some"}, "model.remat='some' is not known; use one of none, full, dots, dots_no_batch"),
+    ({"remat": "some"}, "model.remat='some' is not known; use one of none, full, dots, dots_no_batch, names"),
+    (
+        {"remat": "names", "remat_save": ("x",)},
+        "model.remat_save='x' is not known; use one of input, q, k, v, attention, attention_out, gate, up, mlp_out",
+    ),
+    ({"remat_save": ("q",)}, "model.remat_save is set but model.remat=none; set model.remat=names"),
     ({"dtype": "int8"}, "model.dtype='int8' is not known; use one of float32, bfloat16, float16"),
     ({"param_dtype": "float64"}, "model.param_dtype='float64' is not known; use one of float32, bfloat16, float16"),
     (

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
@@ -119,14 +120,15 @@ def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None
             y = y + w[f"{name}_bias"].astype(x.dtype)
         if f"{name}_norm" in w:
             y = norm(config, y, w[f"{name}_norm"])
-        return y if rope is None or name == "v" else apply_rope(y, rope)
+        return checkpoint_name(y if rope is None or name == "v" else apply_rope(y, rope), name)
 
     return one("q"), one("k"), one("v")
 
 
 def _project_out(out: Float[Array, "B T N H"], sequence: str | None, w: dict[str, Any]) -> Float[Array, "B t D"]:
     out = sum_over_tensor(project(out, whole(w["o"], WEIGHTS["o"], out.dtype), num_in=2), sequence)
-    return out + w["o_bias"].astype(out.dtype) if "o_bias" in w else out
+    out = out + w["o_bias"].astype(out.dtype) if "o_bias" in w else out
+    return checkpoint_name(out, "attention_out")
 
 
 def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], offset: Int[Array, "B"]):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from llmos_jax.models.attention import Attention, Cache
 from llmos_jax.models.layers import INIT_STD, Embed, Mlp, Norm, Stack, parameter, rope_tables
 from llmos_jax.models.moe import Moe
 from llmos_jax.sharding import constrain, sharding, token_dims
+from pallas_kernels.dispatch import current_chip
 
 Params = dict[str, jax.Array]
 Unstacked = dict[str, jax.Array | tuple[jax.Array, ...]]  # a stack of layers as one array each
@@ -135,12 +137,13 @@ class Decoder(nnx.Module):
 
             def body(carry, layer, graphs=graphs):
                 x, aux = carry
+                x = checkpoint_name(x, "input")
                 for graph, state in zip(graphs, layer, strict=True):
                     x, extra, _ = nnx.merge(graph, state)(x, context)
                     aux = aux + extra
                 return (constrain(x, *token_dims(x.shape), None), aux), None
 
-            body = rematerialized(body, self.config.remat)
+            body = rematerialized(body, self.config)
             if self.config.scan_layers:
                 (x, aux), _ = jax.lax.scan(body, (x, aux), states)
                 continue
@@ -177,17 +180,26 @@ def unstack(stacked: Float[Array, "R *rest"]) -> tuple[Array, ...]:
 unstack.defvjp(lambda stacked: (unstack(stacked), None), lambda _, parts: (jnp.stack(parts),))
 
 
-def rematerialized(body, policy: str):
-    """`body` recomputing in the backward pass what `policy` does not keep (config: model.remat)."""
-    if policy == "none":
-        return body
+def rematerialized(body, config: ModelConfig):
+    """`body` recomputing in the backward pass what the configuration (model.remat) does not keep."""
     policies = jax.checkpoint_policies
-    keep = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_saveable,
-        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
-    }
-    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
+    if config.remat == "none":
+        return body
+    if config.remat == "names":
+        on_host = () if current_chip().platform == "cpu" else config.remat_offload  # a CPU's memory is the host's
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[*config.remat_save, *(set(config.remat_offload) - set(on_host))],
+            names_which_can_be_offloaded=list(on_host),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_saveable,
+            "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
+        }[config.remat]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 # The parameters outside of a program.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
@@ -161,11 +162,11 @@ def _mlp(act: str, sequence: str | None, x: Float[Array, "B T D"], w: dict[str, 
     weight = {name: whole(value, MLP_WEIGHTS[name], x.dtype) for name, value in w.items()}
     x = gather_tokens(x, sequence)
     up = project(x, weight["up"])
-    if "up_bias" in weight:
-        up = up + weight["up_bias"]
-    hidden = activation(act, project(x, weight["gate"])) * up if "gate" in weight else activation(act, up)
+    up = checkpoint_name(up + weight["up_bias"] if "up_bias" in weight else up, "up")
+    gate = checkpoint_name(project(x, weight["gate"]), "gate") if "gate" in weight else None
+    hidden = activation(act, up) if gate is None else activation(act, gate) * up
     out = sum_over_tensor(project(hidden, weight["down"]), sequence)
-    return out + weight["down_bias"] if "down_bias" in weight else out
+    return checkpoint_name(out + weight["down_bias"] if "down_bias" in weight else out, "mlp_out")
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, theta: float, scaled: bool = True) -> tuple[np.ndarray, float]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
@@ -70,7 +71,7 @@ def _moe(config: ModelConfig, sequence: str | None, x, token_mask, w: dict[str, 
     out = _grouped_mlp(config.activation, rows, weights, chosen - first, *experts)
     if split > 1:
         out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
-    return sum_over_tensor(out.reshape(shape), sequence), balance
+    return checkpoint_name(sum_over_tensor(out.reshape(shape), sequence), "mlp_out"), balance
 
 
 def route(config: ModelConfig, x: Float[Array, "B T D"], router: Float[Array, "D E"]):
@@ -106,7 +107,8 @@ def _grouped_mlp(act: str, x, weights, chosen, gate, up, down) -> Float[Array, "
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.bincount(expert, length=num_local + 1)[:num_local]
     rows = x[order // k]
-    hidden = activation(act, pallas_kernels.ragged_dot(rows, gate, sizes)) * pallas_kernels.ragged_dot(rows, up, sizes)
+    gated = checkpoint_name(pallas_kernels.ragged_dot(rows, gate, sizes), "gate")
+    hidden = activation(act, gated) * checkpoint_name(pallas_kernels.ragged_dot(rows, up, sizes), "up")
     out = pallas_kernels.ragged_dot(hidden, down, sizes)
     per_choice = out[jnp.argsort(order)].reshape(-1, k, out.shape[-1])
     return jnp.einsum("mkd,mk->md", jnp.where(ours[..., None], per_choice, 0), jnp.where(ours, weights, 0))

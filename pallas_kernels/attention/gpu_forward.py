@@ -41,6 +41,7 @@ from pallas_kernels.attention.gpu_tiles import (
     tiles,
     walk,
 )
+from pallas_kernels.attention.residuals import kept
 
 
 class Blocks(NamedTuple):
@@ -69,6 +70,7 @@ def run(options: Options, q, k, v, sinks, slopes, ids):
 
 def _forward(options, q, k, v, sinks, slopes, ids):
     out, lse = forward(options, q, k, v, sinks, slopes, ids)
+    out, lse = kept(out, lse)
     return (out, lse), (q, k, v, sinks, slopes, ids, out, lse)
 
 

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.attention import tpu_backward
 from pallas_kernels.attention import tpu_common as common
+from pallas_kernels.attention.residuals import kept
 from pallas_kernels.attention.tpu_common import LANES, LOG2_E, NEG_INF, Options, round_up
 
 SUBLANES = 8
@@ -123,6 +124,7 @@ def _attention(options: Options, q, k, v, sinks, slopes, offsets, segments):
 
 def _forward(options, q, k, v, sinks, slopes, offsets, segments):
     out, lse = forward(options, q, k, v, sinks, slopes, offsets, segments)
+    out, lse = kept(out, lse)
     return (out, lse), (q, k, v, sinks, slopes, offsets, segments, out, lse)
 
 
@@ -246,8 +248,8 @@ def _kernel(options: Options, size: ForwardBlocks, num_held: int, offsets, sinks
     def _():
         _reset(state)
 
-    for now, kept in zip(state, saved, strict=False):
-        kept[...] = now[...]
+    for now, held_back in zip(state, saved, strict=False):
+        held_back[...] = now[...]
 
     full_first, full_last = visible.full_first, visible.full_last
     if options.alibi:  # its scores grow towards the diagonal without bound
@@ -280,7 +282,7 @@ def _kernel(options: Options, size: ForwardBlocks, num_held: int, offsets, sinks
 
         @pl.when(jnp.max(excess_ref[...]) > LIMIT)
         def _():
-            for now, kept in zip(state, saved, strict=False):
+            for now, held_back in zip(state, saved, strict=False):
                 now[...] = kept[...]
             if not saved:  # all keys are held at once: nothing came before
                 _reset(state)

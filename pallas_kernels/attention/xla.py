@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.attention.reference import NEG_INF, mask
+from pallas_kernels.attention.residuals import kept
 from pallas_kernels.cpu import transpose
 
 BLOCK_Q = 128
@@ -179,6 +180,7 @@ def _forward(options, q, k, v, sinks, bias, extras):
         return None, _forward_block(options, bias, *args)
 
     _, (out, lse) = _few_heads_at_a_time(block, None, (q, k, v, sinks, extras))
+    out, lse = kept(out, lse)
     return (out, lse) if options.return_lse else out, (q, k, v, sinks, bias, extras, out, lse)
 
 

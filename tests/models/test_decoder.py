@@ -149,8 +149,12 @@ def gradients(config: ModelConfig, params):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scan_layers": False}, *({"remat": policy} for policy in ("full", "dots", "dots_no_batch"))],
-    ids=["unrolled", "full", "dots", "dots_no_batch"],
+    [
+        {"scan_layers": False},
+        *({"remat": policy} for policy in ("full", "dots", "dots_no_batch")),
+        {"remat": "names", "remat_save": ("q", "k", "v", "attention"), "remat_offload": ("input", "gate")},
+    ],
+    ids=["unrolled", "full", "dots", "dots_no_batch", "names"],
 )
 def test_how_it_is_computed_does_not_change_the_gradients(changes):
     config = VARIANTS["moe"]
@@ -164,14 +168,18 @@ def test_recomputing_keeps_less():
     """The activations that the backward pass is handed, counted in the traced program."""
     config = tiny.model(BASE, num_layers=8)
 
-    def kept(remat: str) -> int:
-        varied = dataclasses.replace(config, remat=remat)
+    def kept(remat: str, *names: str) -> int:
+        varied = dataclasses.replace(config, remat=remat, remat_save=names)
         _, pull = jax.eval_shape(
             lambda p: jax.vjp(lambda p: forward_logits(varied, p, TOKENS), p), abstract_params(config)
         )
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
     assert kept("full") < kept("dots") < kept("none")
+    tokens = TOKENS.size * config.num_layers
+    assert kept("names", "input", "up") - kept("names", "input") == tokens * config.mlp_dim
+    attended = config.num_heads * (config.head_dim + 1)  # the result, and the logsumexp of each head
+    assert kept("names", "input", "attention") - kept("names", "input") == tokens * attended
 
 
 def test_computation_in_bfloat16_is_near():

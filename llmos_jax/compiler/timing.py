@@ -1,0 +1,152 @@
+"""How long a compiled program takes on a target: its schedule played through, instruction by instruction.
+
+The compiler has put the instructions in the order they are issued, so what overlaps is known and need not be assumed. The
+walk keeps a clock of the core, one for each mesh axis's links and one for the host's link: a collective that is started
+runs beside the instructions up to the one that waits for it, and only what is left then is waited for.
+
+What an instruction takes: the TPU compiler's own estimated cycles where it gives them; otherwise, and for kernels, the
+longer of its arithmetic at an achievable share of peak and its bytes of HBM. Nothing is known of what contends for HBM
+between the core and the links, of slow devices, or of time between steps.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmos_jax.compiler.chips import Chip
+from llmos_jax.compiler.hlo import HOST, Computation, Module
+from llmos_jax.compiler.hlo_cost import Step, schedule
+from llmos_jax.compiler.interconnect import AxisLinks
+
+MEMORY_SHARE = 0.85  # of HBM bandwidth that long reads and writes reach (arXiv:2604.15464 measures 86 % in decode)
+Axes = tuple[str, ...]
+HOST_LINK: Axes = ("host",)
+
+
+@dataclass
+class Timing:
+    """Seconds of one execution on one device.
+
+    core: the core is busy. busy: a link is, by mesh axes ("host": copies to and from the host's memory). exposed: the
+    part of it that the core waits for. cycles: the compiler's own estimate alone, in seconds, of the instructions that
+    have one; uncounted: how many instructions were timed by a formula instead, by name.
+    """
+
+    seconds: float = 0.0
+    core: float = 0.0
+    busy: Counter[Axes] = field(default_factory=Counter)
+    exposed: Counter[Axes] = field(default_factory=Counter)
+    cycles: float = 0.0
+    uncounted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Timing", times: int = 1) -> None:
+        self.seconds += other.seconds * times
+        self.core += other.core * times
+        self.cycles += other.cycles * times
+        for mine, theirs in (
+            (self.busy, other.busy),
+            (self.exposed, other.exposed),
+            (self.uncounted, other.uncounted),
+        ):
+            for key, value in theirs.items():
+                mine[key] += value * times
+
+
+def timing(module: Module, chip: Chip, links: Mapping[str, AxisLinks], mesh_shape: Mapping[str, int]) -> Timing:
+    """Of one execution of `module` on a device of `chip`, whose mesh is `mesh_shape` (axis -> size, in order).
+
+    links: what joins the devices of each axis (`Target.axis_links`). A loop whose trips follow from data counts once.
+    """
+    return _Player(module, chip, links, mesh_shape).play(module.entry)
+
+
+class _Player:
+    def __init__(self, module: Module, chip: Chip, links: Mapping[str, AxisLinks], mesh_shape: Mapping[str, int]):
+        self.module, self.chip, self.links, self.mesh_shape = module, chip, links, mesh_shape
+        self.known: dict[str, Timing] = {}
+
+    def play(self, where: Computation) -> Timing:
+        """One execution of a computation; what it starts is waited for before it ends."""
+        if where.name in self.known:
+            return self.known[where.name]
+        total = Timing()
+        free: dict[Axes, float] = {}  # when each link has done what was asked of it
+        running: dict[str, tuple[Axes, float]] = {}  # what was started: its link, and when it is done
+        for step in schedule(self.module, where):
+            if step.kind == "control":
+                self._enter(total, step)
+            elif step.kind in ("collective", "collective-start"):
+                axes, seconds = self._collective_seconds(step)
+                total.busy[axes] += seconds
+                free[axes] = max(total.seconds, free.get(axes, 0.0)) + seconds
+                running[step.name] = (axes, free[axes])
+                if step.kind == "collective":
+                    self._wait(total, *running.pop(step.name))
+            elif step.kind == "copy-start" and self._meets_host(step):
+                seconds = step.bytes / self.chip.host_bandwidth if self.chip.host_bandwidth else 0.0
+                total.busy[HOST_LINK] += seconds
+                free[HOST_LINK] = max(total.seconds, free.get(HOST_LINK, 0.0)) + seconds
+                running[step.name] = (HOST_LINK, free[HOST_LINK])
+            elif step.kind in ("collective-done", "copy-done"):
+                if step.start in running:
+                    self._wait(total, *running.pop(step.start))
+            elif step.kind == "compute":
+                self._compute(total, step)
+        for axes, done in running.values():
+            self._wait(total, axes, done)
+        self.known[where.name] = total
+        return total
+
+    def _enter(self, total: Timing, step: Step) -> None:
+        inner = [self.play(called) for called in step.calls]
+        if inner:
+            total.add(max(inner, key=lambda one: one.seconds), 1 if step.trips is None else step.trips)
+
+    def _wait(self, total: Timing, axes: Axes, done: float) -> None:
+        late = max(0.0, done - total.seconds)
+        total.exposed[axes] += late
+        total.seconds += late
+
+    def _compute(self, total: Timing, step: Step) -> None:
+        if step.cycles is not None and self.chip.clock_hz:
+            seconds = step.cycles / self.chip.clock_hz
+            total.cycles += seconds
+        else:
+            seconds = self._by_formula(step)
+            if step.flops or step.bytes > 2**20:
+                total.uncounted[step.name.rstrip(".0123456789")] += 1
+        total.core += seconds
+        total.seconds += seconds
+
+    def _by_formula(self, step: Step) -> float:
+        chip = self.chip
+        shapes = step.instruction.shapes
+        peak = chip.peak_flops(_jax_name(shapes[0].dtype) if shapes else "bfloat16")
+        share = chip.attention_share if "attention" in step.name else chip.matmul_share
+        arithmetic = step.flops / (peak * share) if peak else 0.0
+        memory = step.bytes / (chip.memory_bandwidth * MEMORY_SHARE) if chip.memory_bandwidth else 0.0
+        return max(arithmetic, memory)
+
+    def _collective_seconds(self, step: Step) -> tuple[Axes, float]:
+        """Axes, and seconds. An exchange over several axes goes over one after the other, on what the ones before left."""
+        found = step.collective
+        assert found is not None
+        axes = found.axes(self.mesh_shape)
+        if axes is None:  # groups that are no whole axes: the slowest links that could be meant
+            axes = tuple(name for name, size in self.mesh_shape.items() if size > 1)
+            worst = max((self.links[a].seconds(found.kind, found.bytes) for a in axes), default=0.0)
+            return axes, worst
+        seconds, size = 0.0, float(found.bytes)
+        for axis in axes:
+            seconds += self.links[axis].seconds(found.kind, size)
+            if found.kind in ("all-gather", "reduce-scatter", "all-reduce"):
+                size /= self.mesh_shape[axis]
+        return axes, seconds
+
+    def _meets_host(self, step: Step) -> bool:
+        return any(shape.space == HOST for shape in step.instruction.shapes)
+
+
+def _jax_name(dtype: str) -> str:
+    names = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s8": "int8", "s32": "int8"}
+    return "float8" if dtype.startswith("f8") else names.get(dtype, dtype)
