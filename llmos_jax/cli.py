@@ -237,6 +237,59 @@ def export(args: argparse.Namespace) -> int:
     return answer(args, value, lambda: print(f"exported {size / 1e6:.1f} M parameters to {args.to}"))
 
 
+def cache(args: argparse.Namespace) -> int:
+    import datetime
+    import time
+
+    from llmos_jax.compiler import cache as executables
+
+    if not args.prune and (args.older_than is not None or args.all):
+        raise UserError("--older-than and --all say what to remove; add --prune")
+    removed = []
+    if args.prune:
+        unused_for = None if args.older_than is None else args.older_than * 86_400.0
+        removed = executables.prune(0 if args.all else None, unused_for)
+    kept = executables.entries()
+
+    def describe(entry: executables.Entry) -> dict[str, Any]:
+        known = {
+            name: entry.header.get(name) for name in ("program", "target", "versions", "compile_seconds", "created")
+        }
+        used = datetime.datetime.fromtimestamp(entry.last_use, datetime.UTC).isoformat(timespec="seconds")
+        return {"identity": entry.file.stem, "bytes": entry.size, "last_use": used, **known}
+
+    def show() -> None:
+        if args.prune:
+            print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
+        if not kept:
+            print("no executables are cached; the first run of a program puts it here")
+            return
+        from llmos_jax.runtime.terminal import table
+
+        now = time.time()
+        rows = [
+            (
+                entry.file.stem[:12],
+                entry.header.get("program", "(damaged)"),
+                entry.header.get("target", ""),
+                f"{entry.size / 1e6:.1f} MB",
+                f"{entry.header.get('compile_seconds', 0):.1f} s",
+                f"{max(now - entry.last_use, 0) / 86_400:.1f} days ago",
+            )
+            for entry in kept
+        ]
+        table(("identity", "program", "target", "size", "compiled in", "last used"), rows)
+        print(f"{sum(entry.size for entry in kept) / 1e6:.1f} MB of {executables.size_limit() / 1e6:.0f} MB")
+
+    value = {
+        "entries": [describe(entry) for entry in kept],
+        "removed": [describe(entry) for entry in removed],
+        "bytes": sum(entry.size for entry in kept),
+        "limit": executables.size_limit(),
+    }
+    return answer(args, value, show)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmos",
@@ -308,6 +361,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = with_model(command("export", export, "write a model as a Hugging Face folder (safetensors)"), "export")
     sub.add_argument("--to", required=True, metavar="DIR", help="a new or empty folder")
+
+    sub = command("cache", cache, "show the compiled programs that are kept, or remove some")
+    sub.add_argument("--prune", action="store_true", help="remove what is over the size limit, or what is named below")
+    sub.add_argument("--older-than", type=_not_negative, metavar="DAYS", help="with --prune: not used for so long")
+    sub.add_argument("--all", action="store_true", help="with --prune: everything")
     return parser
 
 

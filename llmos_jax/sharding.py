@@ -7,6 +7,7 @@ mesh axis a name is split over. Nothing here is told the size of the model: the 
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def axis_size(name: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
-def sharded(function, in_logical: tuple[Logical, ...], out_logical):
+def sharded(function, in_logical: tuple[Any, ...], out_logical: Any):
     """`function` as a `shard_map` over the surrounding mesh; the function itself where there is none.
 
     Args:

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from pallas_kernels import dispatch
+
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
 
 
 def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """x w in x's dtype, summed in float32, whose gradients too are products of the fast form."""
-    return _matmul(x, w) if x.dtype == jnp.bfloat16 else x @ w
+    """x w in x's dtype, summed in float32, whose gradients too are products of the fast form.
+
+    Elsewhere it is the plain product, which checkpoint policies know by its kind.
+    """
+    on_cpu = dispatch.current_chip().platform == "cpu"
+    return _matmul(x, w) if on_cpu and x.dtype == jnp.bfloat16 else x @ w
 
 
 @jax.custom_vjp

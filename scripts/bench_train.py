@@ -47,7 +47,8 @@ def ours(args):
     import jax
     import numpy as np
 
-    from llmos_jax.compiler.roofline import peak_flops, train_flops
+    from llmos_jax.compiler.chips import peak_flops
+    from llmos_jax.compiler.roofline import train_flops
     from llmos_jax.config import OptimizerConfig, RunConfig, TrainConfig
     from llmos_jax.runtime.distributed import prepare_host
     from llmos_jax.sharding import make_mesh, put_batch

@@ -20,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ.setdefault("PJRT_NPROC", "32")  # threads enough for eight devices to meet in a collective, on any machine
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ.setdefault("LLMOS_CACHE_BYTES", "0")  # jax's cache outlives a session; the tests of ours turn it on
 if PLATFORM == "cpu":
     # Tiny programs spend their time in the compiler, which is five times as fast without LLVM's optimisation.
     flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]

@@ -1,61 +1,118 @@
 """Program and Executable: the door through which anything reaches a device.
 
 A program is a pure function with abstract, sharded arguments. It is compiled before an array exists, so what it will
-take is known before it runs.
+take is known before it runs; and what it is can be told without tracing it, so what was compiled once is found again.
 """
 
 import functools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from llmos_jax.compiler import cache
+from llmos_jax.compiler.identity import identity
+
 
 @dataclass(frozen=True)
 class Program:
-    """A pure function and what it is called with.
+    """A pure function and what it is called with: `function(*static, *args)`.
 
-    args: pytrees of `jax.ShapeDtypeStruct` with shardings. out_shardings: as `jax.jit`'s; None lets the compiler
-    choose. donate: positions of the arguments whose buffers the results may take over.
+    function: of a module, found there by its name; no lambda and no function inside another one, whose meaning would
+      depend on what it closes over. static: hashable values that are fixed in the compiled program and that print
+      completely (frozen dataclasses, numbers, strings, a Mesh), and functions as above. args: pytrees of
+      `jax.ShapeDtypeStruct` with shardings. donate: positions in `args` whose buffers the results may take over.
+    out_shardings: as `jax.jit`'s; None lets the compiler choose. options: of the XLA compiler, as (name, value).
+    Raises ValueError where `function` or `static` are not such.
     """
 
     name: str
     function: Callable[..., Any]
+    static: tuple[Hashable, ...]
     args: tuple[Any, ...]
     mesh: Mesh
     donate: tuple[int, ...] = ()
     out_shardings: Any = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for function in (self.function, *filter(callable, self.static)):
+            where, called = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+            if getattr(sys.modules.get(where), called, None) is not function:
+                raise ValueError(
+                    f"{where}.{called} is not a function of a module; the functions of a Program stand at the top of "
+                    "their modules and take what they need as arguments"
+                )
+        for value in self.static:
+            try:
+                hash(value)
+            except TypeError as error:
+                raise ValueError(f"a static value of the program {self.name} is not hashable: {value!r}") from error
+
+    def lower(self) -> jax.stages.Lowered:
+        """The traced program, before the compiler."""
+        first = len(self.static)
+        options = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
+        jitted = jax.jit(
+            self.function,
+            static_argnums=tuple(range(first)),
+            donate_argnums=tuple(first + position for position in self.donate),
+            **options,
+        )
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(*self.static, *self.args)
 
     def compile(self) -> "Executable":
+        """The executable: from the cache on disk where it was compiled before, else from the compiler."""
         started = time.perf_counter()
-        options = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
+        if cache.can_hold(self.mesh):
+            compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
+        else:
+            compiled, stored = self._build(), None
+        return Executable(self.name, compiled, self.mesh, time.perf_counter() - started, stored)
+
+    def _build(self) -> jax.stages.Compiled:
+        lowered = self.lower()
         with jax.set_mesh(self.mesh):
-            compiled = jax.jit(self.function, donate_argnums=self.donate, **options).lower(*self.args).compile()
-        return Executable(self.name, compiled, self.mesh, time.perf_counter() - started)
+            return lowered.compile(dict(self.options) or None)
 
 
 @dataclass(frozen=True)
 class Executable:
-    """A compiled program. Calling it never traces or compiles: arguments of another shape are an error."""
+    """A compiled program. Calling it never traces or compiles: arguments of another shape are an error.
+
+    compile_seconds: what `Program.compile` took, whether it compiled or loaded. stored: what the cache knew about it,
+    None where it was compiled just now.
+    """
 
     name: str
     compiled: Any = field(repr=False)
     mesh: Mesh
     compile_seconds: float
+    stored: cache.Stored | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
 
+    @property
+    def from_cache(self) -> bool:
+        return self.stored is not None
+
     @functools.cached_property
+    def memory(self) -> cache.Memory:
+        """Bytes a device holds and what for, by the compiler's account when it was compiled."""
+        return self.stored.memory if self.stored else cache.Memory.of(self.compiled)
+
+    @property
     def peak_bytes(self) -> int:
         """Bytes a device holds at the worst moment: arguments, results that do not reuse them, and temporaries."""
-        memory = self.compiled.memory_analysis()
-        return (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
+        return self.memory.peak
+
+    @functools.cached_property
+    def hlo(self) -> str:
+        """The optimized HLO text, as it was when the program was compiled."""
+        return self.stored.hlo if self.stored else self.compiled.as_text()

@@ -1,27 +1,82 @@
-"""What a model costs and what a chip can do: FLOPs by formula, peaks by table.
+"""What a model costs: parameters and FLOPs by formula. What a chip can do is in chips.py.
 
 The formulas count useful work only (Chowdhery et al., arXiv:2204.02311, appendix B): no recomputation, no masked
 scores. A multiply and an add are two FLOPs.
 """
 
 import functools
-import time
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from llmos_jax.config import ModelConfig
+from llmos_jax.sharding import RULES
 
-# Dense peak FLOP/s of one jax device, by what `device.device_kind` starts with, for 16-bit inputs (vendors' sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,  # two devices a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model as it is stored. dims: the names of its dimensions (RULES in sharding.py)."""
+
+    part: str  # attention | mlp | experts | router | norms | embedding | head
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    layers: int = 1  # it exists this many times
+
+    @property
+    def size(self) -> int:
+        """Elements of all layers."""
+        return math.prod(self.shape) * self.layers
+
+    def local_size(self, sizes: Mapping[str, int], without: tuple[str, ...] = ()) -> float:
+        """Elements of all layers that one device holds on a mesh of `sizes`, as if the axes `without` had size one."""
+        axes = {axis for name in self.dims for axis in RULES[name]} - set(without)
+        return self.size / math.prod(sizes[axis] for axis in axes)
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.part not in ("norms", "embedding")
+
+
+@functools.lru_cache(maxsize=64)
+def weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Every parameter of `model`, those of equal layers together."""
+    d, h, n, k = model.embed_dim, model.head_dim, model.num_heads, model.num_kv_heads
+    depth, num_moe = model.num_layers, sum(kind == "moe" for _, kind in model.layer_kinds)
+    norm = 2 if model.norm == "layernorm" else 1  # scale, and shift
+    found = [
+        Weight("attention", (d, n, h), ("embed", "heads", "head_dim"), depth),
+        Weight("attention", (d, k, h), ("embed", "kv_heads", "head_dim"), 2 * depth),
+        Weight("attention", (n, h, d), ("heads", "head_dim", "embed"), depth),
+        Weight("norms", (d,), ("norm",), depth * norm * (4 if model.sandwich_norm else 2) + norm),
+        Weight("embedding", (model.vocab_size, d), ("vocab", "embed")),
+    ]
+    if model.qkv_bias:
+        found += [Weight("norms", (n, h), ("heads", "head_dim"), depth)]
+        found += [Weight("norms", (k, h), ("kv_heads", "head_dim"), 2 * depth)]
+    if model.attention_out_bias:
+        found += [Weight("norms", (d,), ("norm",), depth)]
+    if model.qk_norm:
+        found += [Weight("norms", (h,), ("norm",), 2 * depth)]
+    if num_moe:
+        e, f = model.num_experts, model.expert_mlp_dim
+        found += [Weight("experts", (e, d, f), ("experts", "embed", "mlp"), 2 * num_moe)]
+        found += [Weight("experts", (e, f, d), ("experts", "mlp", "embed"), num_moe)]
+        found += [Weight("router", (d, e), ("embed", "norm"), num_moe)]
+    if depth > num_moe:
+        f, dense = model.mlp_dim, depth - num_moe
+        found += [Weight("mlp", (d, f), ("embed", "mlp"), dense * (2 if model.gated_mlp else 1))]
+        found += [Weight("mlp", (f, d), ("mlp", "embed"), dense)]
+        if model.mlp_bias:
+            found += [Weight("norms", (f,), ("mlp",), dense), Weight("norms", (d,), ("norm",), dense)]
+    if model.position == "learned":
+        found += [Weight("embedding", (model.max_seq_len, d), ("norm", "embed"))]
+    if not model.tie_embeddings:
+        found += [Weight("head", (d, model.vocab_size), ("embed", "vocab"))]
+    return tuple(found)
+
+
+def num_params(model: ModelConfig) -> int:
+    return sum(weight.size for weight in weights(model))
 
 
 def matmul_params(model: ModelConfig) -> int:
@@ -52,33 +107,3 @@ def forward_flops(model: ModelConfig, seq_len: int) -> float:
 def train_flops(model: ModelConfig, seq_len: int) -> float:
     """FLOPs of one sequence's forward and backward pass: three times the forward."""
     return 3.0 * forward_flops(model, seq_len)
-
-
-@functools.cache
-def peak_flops(device_kind: str, platform: str, dtype: str) -> float:
-    """Peak FLOP/s of one device for products of `dtype`; 0 where it is not known.
-
-    The CPU's is measured once, with a large matrix product, since no table knows the host.
-    """
-    if platform == "cpu":
-        return _measured_peak(dtype)
-    for prefix in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if device_kind.startswith(prefix):
-            return PEAK_FLOPS[prefix]
-    return 0.0
-
-
-def _measured_peak(dtype: str, size: int = 1536) -> float:
-    import jax
-    import jax.numpy as jnp
-
-    device = jax.local_devices(backend="cpu")[0]
-    x = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(jnp.dot)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(seconds)

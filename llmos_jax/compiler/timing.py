@@ -34,8 +34,8 @@ class Timing:
 
     seconds: float = 0.0
     core: float = 0.0
-    busy: Counter[Axes] = field(default_factory=Counter)
-    exposed: Counter[Axes] = field(default_factory=Counter)
+    busy: dict[Axes, float] = field(default_factory=dict)
+    exposed: dict[Axes, float] = field(default_factory=dict)
     cycles: float = 0.0
     uncounted: Counter[str] = field(default_factory=Counter)
 
@@ -43,13 +43,12 @@ class Timing:
         self.seconds += other.seconds * times
         self.core += other.core * times
         self.cycles += other.cycles * times
-        for mine, theirs in (
-            (self.busy, other.busy),
-            (self.exposed, other.exposed),
-            (self.uncounted, other.uncounted),
-        ):
-            for key, value in theirs.items():
-                mine[key] += value * times
+        for axes, seconds in other.busy.items():
+            self.busy[axes] = self.busy.get(axes, 0.0) + seconds * times
+        for axes, seconds in other.exposed.items():
+            self.exposed[axes] = self.exposed.get(axes, 0.0) + seconds * times
+        for name, number in other.uncounted.items():
+            self.uncounted[name] += number * times
 
 
 def timing(module: Module, chip: Chip, links: Mapping[str, AxisLinks], mesh_shape: Mapping[str, int]) -> Timing:
@@ -77,14 +76,14 @@ class _Player:
                 self._enter(total, step)
             elif step.kind in ("collective", "collective-start"):
                 axes, seconds = self._collective_seconds(step)
-                total.busy[axes] += seconds
+                total.busy[axes] = total.busy.get(axes, 0.0) + seconds
                 free[axes] = max(total.seconds, free.get(axes, 0.0)) + seconds
                 running[step.name] = (axes, free[axes])
                 if step.kind == "collective":
                     self._wait(total, *running.pop(step.name))
             elif step.kind == "copy-start" and self._meets_host(step):
                 seconds = step.bytes / self.chip.host_bandwidth if self.chip.host_bandwidth else 0.0
-                total.busy[HOST_LINK] += seconds
+                total.busy[HOST_LINK] = total.busy.get(HOST_LINK, 0.0) + seconds
                 free[HOST_LINK] = max(total.seconds, free.get(HOST_LINK, 0.0)) + seconds
                 running[step.name] = (HOST_LINK, free[HOST_LINK])
             elif step.kind in ("collective-done", "copy-done"):
@@ -104,7 +103,7 @@ class _Player:
 
     def _wait(self, total: Timing, axes: Axes, done: float) -> None:
         late = max(0.0, done - total.seconds)
-        total.exposed[axes] += late
+        total.exposed[axes] = total.exposed.get(axes, 0.0) + late
         total.seconds += late
 
     def _compute(self, total: Timing, step: Step) -> None:

@@ -87,7 +87,8 @@ class Attention(nnx.Module):
             run = functools.partial(_attend, self.config, options, sequence)
             return sharded(run, (stream, turns, tokens, names), stream)(x, rope, segment_ids, weights), None
         assert offset is not None, "a cache needs the place of its new tokens"
-        kept = Cache(*(((batch, None, "kv_heads", None),) * 2))
+        layer: Any = (batch, None, "kv_heads", None)
+        kept = Cache(layer, layer)
         run = functools.partial(_attend_cached, self.config, options, sequence)
         return sharded(run, (stream, turns, kept, (batch,), names), (stream, kept))(x, rope, cache, offset, weights)
 

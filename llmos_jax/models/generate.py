@@ -32,7 +32,7 @@ class Generator:
 
     def __init__(self, model: ModelConfig, params: Params, mesh: Mesh):
         self._model, self._mesh = model, mesh
-        self._params = _unstacked(params) if mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 else params
+        self._params = _unstacked(params, mesh) if mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 else params
         self._programs: dict[tuple[str, int, int], Executable] = {}
         self.timings: dict[str, float] = {}  # seconds: compile, prefill, decode; tokens: decoded
 
@@ -68,7 +68,7 @@ class Generator:
         tokens[0, : len(prompt)] = prompt
         draw = (np.float32(temperature), np.uint32(seed))
         token, cache = prefill(self._params, tokens, np.int32(len(prompt)), *draw)
-        step = int(token[0, 0])
+        step = int(np.asarray(token)[0, 0])
         self.timings["prefill"] = time.perf_counter() - started
         for position in range(len(prompt), len(prompt) + max_tokens):
             if step in stop_ids:
@@ -79,21 +79,13 @@ class Generator:
                 return
             started = time.perf_counter()
             token, cache = decode(self._params, token, np.int32(position), cache, *draw)
-            step = int(token[0, 0])
+            step = int(np.asarray(token)[0, 0])
             self.timings["decode"] += time.perf_counter() - started
 
     def logits(self, tokens: list[int]) -> Float[Array, "T V"]:
         """Logits at every position of a text, float32."""
-
-        abstract = _abstract_cache(self._model, self._mesh, len(tokens))
-
-        def score(params, tokens):
-            model = bind(self._model, params)
-            cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-            return model.logits(model(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]
-
-        ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32)
-        program = Program("score", score, (_abstract(self._params), ids), self._mesh).compile()
+        ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32, sharding=replicated(self._mesh))
+        program = Program("score", score, (self._model,), (_abstract(self._params), ids), self._mesh).compile()
         return program(self._params, np.asarray([tokens], np.int32))
 
     def _program(self, kind: str, length: int, size: int) -> Executable:
@@ -105,14 +97,25 @@ class Generator:
         return self._programs[kind, length, size]
 
 
-def _unstacked(params: Params) -> Unstacked:
-    """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step."""
-    split = jax.jit(lambda x: tuple(x[i] for i in range(x.shape[0])))
+def _unstacked(params: Params, mesh: Mesh) -> Unstacked:
+    """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step.
+
+    The slices are taken by the host, whose memory this is: nothing is compiled for it.
+    """
+
+    def split(stack: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.device_put(list(np.asarray(stack)), replicated(mesh)))
+
     return {path: split(x) if path.startswith("segments.") else x for path, x in params.items()}
 
 
 def _abstract(params):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+
+
+def _empty_cache(model: ModelConfig, size: int) -> tuple[Cache, ...]:
+    shape = (1, size, model.num_kv_heads, model.head_dim)
+    return tuple(Cache(*(jnp.zeros(shape, model.dtype) for _ in range(2))) for _ in range(model.num_layers))
 
 
 def _abstract_cache(model: ModelConfig, mesh: Mesh, size: int) -> tuple[Any, ...]:
@@ -135,32 +138,38 @@ def _choose(logits: Float[Array, "B V"], temperature, seed, position) -> Int[Arr
 
 def prefill_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
     """(params, tokens [1, length], prompt length, temperature, seed) -> (first token [1, 1], cache of `size` tokens)."""
-    abstract = _abstract_cache(model, mesh, size)
-
-    def prefill(params, tokens, prompt_length, temperature, seed):
-        decoder = bind(model, params)
-        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        output = decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32))
-        last = jax.lax.dynamic_slice_in_dim(output.hidden, prompt_length - 1, 1, axis=1)
-        token = _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_length)
-        return token, output.cache
-
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
     args = (params, tokens, *_scalars(mesh, jnp.int32, jnp.float32, jnp.uint32))
-    places = (replicated(mesh), jax.tree.map(lambda x: x.sharding, abstract))
-    return Program("prefill", prefill, args, mesh, out_shardings=places)
+    return Program("prefill", prefill, (model, size), args, mesh, out_shardings=_places(model, mesh, size))
+
+
+def prefill(model: ModelConfig, size: int, params, tokens, prompt_length, temperature, seed):
+    decoder = bind(model, params)
+    output = decoder(tokens, cache=_empty_cache(model, size), offset=jnp.zeros((1,), jnp.int32))
+    last = jax.lax.dynamic_slice_in_dim(output.hidden, prompt_length - 1, 1, axis=1)
+    token = _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_length)
+    return token, output.cache
 
 
 def decode_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
     """(params, token [1, 1], its position, cache, temperature, seed) -> (next token [1, 1], cache)."""
     abstract = _abstract_cache(model, mesh, size)
-
-    def decode(params, token, position, cache, temperature, seed):
-        decoder = bind(model, params)
-        output = decoder(token, cache=cache, offset=position[None])
-        return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, position + 1), output.cache
-
     token = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
     args = (params, token, *_scalars(mesh, jnp.int32), abstract, *_scalars(mesh, jnp.float32, jnp.uint32))
-    places = (replicated(mesh), jax.tree.map(lambda x: x.sharding, abstract))
-    return Program("decode", decode, args, mesh, donate=(3,), out_shardings=places)
+    return Program("decode", decode, (model,), args, mesh, donate=(3,), out_shardings=_places(model, mesh, size))
+
+
+def decode(model: ModelConfig, params, token, position, cache, temperature, seed):
+    decoder = bind(model, params)
+    output = decoder(token, cache=cache, offset=position[None])
+    return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, position + 1), output.cache
+
+
+def score(model: ModelConfig, params, tokens):
+    decoder = bind(model, params)
+    cache = _empty_cache(model, tokens.shape[1])
+    return decoder.logits(decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]
+
+
+def _places(model: ModelConfig, mesh: Mesh, size: int):
+    return replicated(mesh), jax.tree.map(lambda x: x.sharding, _abstract_cache(model, mesh, size))

@@ -89,8 +89,8 @@ def balance_sums(
 ) -> tuple[Float[Array, "E"], Float[Array, "E"], Float[Array, ""]]:
     """Over the tokens of the mask: how many chose each expert, its summed probability, and how many there are."""
     picked = jnp.sum(jax.nn.one_hot(chosen, probabilities.shape[-1], dtype=jnp.float32), axis=2)
-    sums = (jnp.einsum("bte,bt->e", a, token_mask) for a in (picked, probabilities))
-    return (*sums, jnp.sum(token_mask))
+    counts, sums = (jnp.einsum("bte,bt->e", a, token_mask) for a in (picked, probabilities))
+    return counts, sums, jnp.sum(token_mask)
 
 
 def load_balance_loss(picked: Float[Array, "E"], probability: Float[Array, "E"], tokens: Float[Array, ""]):

@@ -59,7 +59,7 @@ def _examine_home(findings: dict[str, Any]) -> None:
 def _examine_devices(findings: dict[str, Any]) -> None:
     import jax
 
-    from llmos_jax.compiler.roofline import peak_flops
+    from llmos_jax.compiler.chips import peak_flops
 
     try:
         devices = jax.devices()

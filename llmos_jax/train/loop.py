@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 
 from llmos_jax import opening
+from llmos_jax.compiler.chips import peak_flops
 from llmos_jax.compiler.program import Executable, Program
-from llmos_jax.compiler.roofline import peak_flops, train_flops
+from llmos_jax.compiler.roofline import train_flops
+from llmos_jax.compiler.watch import CompileWatch
 from llmos_jax.config import RunConfig, UserError
 from llmos_jax.data.pipeline import DevicePrefetch, eval_batches, prefetch_to_device, train_iterator
 from llmos_jax.runtime.checkpoint import BEST_METRIC, Checkpoints
@@ -83,6 +85,7 @@ class Loop:
         self.rewinds = 0
         self.last_eval: dict[str, Any] = {}
         self.window = Window(run.config)
+        self.watch = CompileWatch(self._recompiled)
         self.program = self._compile(train_program(run.config, run.mesh))
         self.evaluate = self._compile(eval_program(run.config, run.mesh)) if run.data.eval else None
         self.batches = self._stream()
@@ -97,11 +100,14 @@ class Loop:
                 return self._stop(pending)
             self.watchdog.beat(self.step + 1)
             dispatched = self._dispatch()
-            # The device works on this step while the one before it is judged.
-            pending, late = dispatched, pending
+            # The device works on this step while the one before it is judged; only the first is waited for.
+            pending, late = (dispatched, pending) if self.watch.on else (None, dispatched)
             if not self._settle(late):
                 pending = None
                 continue
+            if not self.watch.on:
+                self.window.measure_peak()
+                self.watch.start()
             if self._is_boundary(self.step, total):
                 if not self._settle(pending):
                     pending = None
@@ -112,6 +118,7 @@ class Loop:
         return self._summary(stopped=False)
 
     def close(self) -> None:
+        self.watch.stop()
         self.batches.close()
         if isinstance(sys.exc_info()[1], UserError):
             return  # the message is about a save that failed, or what is saved is not to be waited for
@@ -121,7 +128,7 @@ class Loop:
         executable = program.compile()
         self.metrics.event(
             0, "compiled", program=program.name, seconds=round(executable.compile_seconds, 2),
-            peak_bytes=executable.peak_bytes,
+            peak_bytes=executable.peak_bytes, cached=executable.from_cache,
         )  # fmt: skip
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         if limit and executable.peak_bytes > limit:
@@ -131,6 +138,9 @@ class Loop:
                 "or a larger mesh.fsdp"
             )
         return executable
+
+    def _recompiled(self, name: str, seconds: float) -> None:
+        self.metrics.event(self.step, "recompiled", program=name, seconds=round(seconds, 2), count=self.watch.count)
 
     def _restore_or_start(self) -> None:
         """The newest whole checkpoint, or the beginning."""
@@ -155,9 +165,9 @@ class Loop:
 
     def _fresh_state(self) -> TrainState:
         if not self.config.init_from:
-            return init_program(self.config, self.mesh).compile()()
+            return self._compile(init_program(self.config, self.mesh))()
         params = opening.weights_of(opening.find(self.config.init_from), self.config.model, self.mesh)
-        return start_program(self.config, self.mesh).compile()(params)
+        return self._compile(start_program(self.config, self.mesh))(params)
 
     def _stream(self) -> DevicePrefetch:
         """The training batches from the first one; nothing is read before one is asked for."""
@@ -203,7 +213,8 @@ class Loop:
                 "and train in a new --workdir"
             )
         self.checkpoints.wait()
-        self._restore_or_start()
+        with self.watch.pause():
+            self._restore_or_start()
         self.batches.seek(bad.batch + 1)
         self.judge.bad_in_a_row = 0
         self.metrics.event(self.step, "rewind", why=why, loss=loss, bad_step=bad.step, next_batch=bad.batch + 1)
@@ -244,7 +255,8 @@ class Loop:
             "loss": self.window.loss,
         }
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-        self.checkpoints.save(self.step, state.params, rest, extra, metrics)
+        with self.watch.pause():  # of arrays that several devices hold, the parts to be written are cut out
+            self.checkpoints.save(self.step, state.params, rest, extra, metrics)
 
     def _stop(self, pending: Dispatched | None) -> dict[str, Any]:
         self.watchdog.pause()
@@ -287,13 +299,22 @@ class Window:
     """Rates over the steps since they were last written down, evaluations and saves left out."""
 
     def __init__(self, config: RunConfig):
-        device = jax.local_devices()[0]
-        peak = peak_flops(device.device_kind, device.platform, config.model.dtype)
         self._flops = train_flops(config.model, config.train.seq_len) * config.train.batch_size
-        self._peak = peak * (jax.device_count() if device.platform != "cpu" else jax.process_count())
+        self._dtype = config.model.dtype
+        self._peak: float | None = None
         self.tokens_seen = 0.0
         self.loss = math.nan
         self.restart()
+
+    def measure_peak(self) -> None:
+        """What the devices can do, found out once, while they are idle; a window that is open leaves this time out."""
+        if self._peak is not None:
+            return
+        started, device = time.perf_counter(), jax.local_devices()[0]
+        peak = peak_flops(device.device_kind, device.platform, self._dtype)
+        self._peak = peak * (jax.device_count() if device.platform != "cpu" else jax.process_count())
+        if self._since is not None:
+            self._since += time.perf_counter() - started
 
     def restart(self, since: float | None = None) -> None:
         """Begins a new window at `since`, or with the next step."""
@@ -311,6 +332,7 @@ class Window:
 
     def rates(self) -> dict[str, float]:
         """Of the window, which ends here; the next one begins."""
+        self.measure_peak()
         now = time.perf_counter()
         seconds = max(now - (now if self._since is None else self._since), 1e-9)
         step_seconds = seconds / self._steps

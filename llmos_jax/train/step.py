@@ -1,5 +1,7 @@
 """The programs of a training run: initialisation, one step, one evaluation. Pure functions of (state, batch)."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +13,10 @@ from llmos_jax.compiler.program import Program
 from llmos_jax.config import RunConfig
 from llmos_jax.models.decoder import Params, abstract_params, init_params, logical_dims
 from llmos_jax.sharding import batch_sharding, replicated
-from llmos_jax.train.objectives import Batch, objective
+from llmos_jax.train.objectives import Batch, Sums, objective
 from llmos_jax.train.optimizer import make_optimizer, make_schedule, state_shardings
+
+Objective = Callable[[RunConfig, Params, Batch], Sums]
 
 
 class TrainState(NamedTuple):
@@ -60,28 +64,43 @@ def _shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+def _computation(config: RunConfig) -> RunConfig:
+    """`config` without what no program depends on, so that another data set or another log compiles nothing."""
+    train = dataclasses.replace(config.train, eval_every=0, eval_batches=1)
+    alike = RunConfig()
+    return dataclasses.replace(
+        config,
+        name=alike.name,
+        init_from=alike.init_from,
+        train=train,
+        data=alike.data,
+        mesh=alike.mesh,  # the program is told the real one
+        checkpoint=alike.checkpoint,
+        faults=alike.faults,
+        log=alike.log,
+    )
+
+
 def init_program(config: RunConfig, mesh: Mesh) -> Program:
     """() -> TrainState with fresh parameters, every array born in its sharding."""
-    optimizer = _optimizer(config)
+    places = _shardings(abstract_state(config, mesh))
+    return Program("init", init, (_computation(config),), (), mesh, out_shardings=places)
 
-    def init() -> TrainState:
-        key = jax.random.key(config.seed)
-        params = init_params(config.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
 
-    return Program("init", init, (), mesh, out_shardings=_shardings(abstract_state(config, mesh)))
+def init(config: RunConfig) -> TrainState:
+    return start(config, init_params(config.model, jax.random.key(config.seed)))
 
 
 def start_program(config: RunConfig, mesh: Mesh) -> Program:
     """params -> TrainState, for a run that starts from a pulled model."""
-    optimizer = _optimizer(config)
     state = abstract_state(config, mesh)
+    static = (_computation(config),)
+    return Program("start", start, static, (state.params,), mesh, donate=(0,), out_shardings=_shardings(state))
 
-    def start(params: Params) -> TrainState:
-        key = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
-    return Program("start", start, (state.params,), mesh, donate=(0,), out_shardings=_shardings(state))
+def start(config: RunConfig, params: Params) -> TrainState:
+    key = jax.random.key_data(jax.random.key(config.seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimizer(config).init(params), key)
 
 
 def train_program(config: RunConfig, mesh: Mesh) -> Program:
@@ -90,36 +109,36 @@ def train_program(config: RunConfig, mesh: Mesh) -> Program:
     A step whose loss or gradient is not finite changes nothing but the step count. metrics: float32 scalars `loss`
     (nats a token), `aux_loss`, `grad_norm` (before clipping), `learning_rate`, `tokens`, `applied` (0 if skipped).
     """
-    optimizer, schedule = _optimizer(config), make_schedule(config.optimizer, config.train.steps)
-
-    def step(state: TrainState, batch: Batch):
-        (nll, aux), gradients = _gradients(config, state.params, batch)
-        tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
-        norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(nll) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        metrics = {
-            "loss": nll / jnp.maximum(tokens, 1.0),
-            "aux_loss": aux,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": tokens,
-            "applied": finite.astype(jnp.float32),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
-
     state = abstract_state(config, mesh)
-    places = (_shardings(state), replicated(mesh))
-    return Program("train", step, (state, abstract_batch(config, mesh)), mesh, donate=(0,), out_shardings=places)
+    places, args = (_shardings(state), replicated(mesh)), (state, abstract_batch(config, mesh))
+    static = (_computation(config), objective(config))
+    return Program("train", step, static, args, mesh, donate=(0,), out_shardings=places)
 
 
-def _gradients(config: RunConfig, params: Params, batch: Batch):
+def step(config: RunConfig, compute: Objective, state: TrainState, batch: Batch):
+    optimizer, schedule = _optimizer(config), make_schedule(config.optimizer, config.train.steps)
+    (nll, aux), gradients = _gradients(config, compute, state.params, batch)
+    tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(nll) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = {
+        "loss": nll / jnp.maximum(tokens, 1.0),
+        "aux_loss": aux,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "tokens": tokens,
+        "applied": finite.astype(jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def _gradients(config: RunConfig, compute: Objective, params: Params, batch: Batch):
     """((nll sum, mean aux loss), gradients of the mean loss), the batch taken in `accumulate` micro-batches."""
-    compute = objective(config)
     parts = config.train.accumulate
     total = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
 
@@ -148,11 +167,11 @@ def _gradients(config: RunConfig, params: Params, batch: Batch):
 
 def eval_program(config: RunConfig, mesh: Mesh) -> Program:
     """(params, batch) -> (sum of negative log-likelihood in nats, number of tokens)."""
-    compute = objective(config)
-
-    def evaluate(params: Params, batch: Batch):
-        sums = compute(config, params, batch)
-        return sums.nll, sums.tokens
-
     args = (abstract_params(config.model, mesh), abstract_batch(config, mesh))
-    return Program("eval", evaluate, args, mesh, out_shardings=(replicated(mesh),) * 2)
+    static = (_computation(config), objective(config))
+    return Program("eval", evaluate, static, args, mesh, out_shardings=(replicated(mesh),) * 2)
+
+
+def evaluate(config: RunConfig, compute: Objective, params: Params, batch: Batch):
+    sums = compute(config, params, batch)
+    return sums.nll, sums.tokens

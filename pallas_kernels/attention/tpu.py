@@ -283,7 +283,7 @@ def _kernel(options: Options, size: ForwardBlocks, num_held: int, offsets, sinks
         @pl.when(jnp.max(excess_ref[...]) > LIMIT)
         def _():
             for now, held_back in zip(state, saved, strict=False):
-                now[...] = kept[...]
+                now[...] = held_back[...]
             if not saved:  # all keys are held at once: nothing came before
                 _reset(state)
             pl.loop(visible.first, visible.last)(careful)

@@ -12,11 +12,19 @@ from tests import tiny
 SIZE = 256 * 256 * 4
 
 
+def add(a, b):
+    return a + b
+
+
+def scaled(factor, a):
+    return a * factor
+
+
 def program(axes: dict[str, int], donate: tuple[int, ...] = ()) -> Program:
     mesh = tiny.mesh(**axes)
     place = sharding(mesh, ("embed", "mlp"))
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=place)
-    return Program("add", lambda a, b: a + b, (x, x), mesh, donate, place)
+    return Program("add", add, (), (x, x), mesh, donate, place)
 
 
 def test_it_runs_and_is_named():
@@ -24,7 +32,8 @@ def test_it_runs_and_is_named():
     x = jnp.ones((256, 256))
     np.testing.assert_array_equal(executable(x, x), 2 * x)
     assert executable.name == "add" and executable.compile_seconds > 0
-    assert "compiled" not in repr(executable)
+    assert "compiled=" not in repr(executable)
+    assert "f32[256,256]" in executable.hlo
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -51,7 +60,33 @@ def test_arguments_of_another_shape_are_an_error():
         executable(jnp.ones((256, 128)), jnp.ones((256, 128)))
 
 
-def test_without_shardings_the_compiler_chooses():
+def test_static_values_come_first_and_are_fixed():
     mesh = tiny.mesh(data=1)
     x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=replicated(mesh))
-    np.testing.assert_array_equal(Program("double", lambda a: a * 2, (x,), mesh).compile()(jnp.ones(4)), 2 * np.ones(4))
+    for factor in (2, 3):
+        tripled = Program("scaled", scaled, (factor,), (x,), mesh, donate=(0,)).compile()
+        np.testing.assert_array_equal(tripled(jnp.ones(4)), factor * np.ones(4))
+
+
+def test_options_reach_the_compiler():
+    mesh = tiny.mesh(data=1)
+    x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=replicated(mesh))
+    bad = Program("scaled", scaled, (2,), (x,), mesh, options=(("no_such_option", True),))
+    with pytest.raises(Exception, match="no_such_option"):
+        bad.compile()
+
+
+def test_a_function_must_be_found_by_its_name():
+    mesh = tiny.mesh(data=1)
+
+    def inner(a):
+        return a
+
+    for function, name in ((inner, "inner"), (lambda a: a, "lambda"), (jnp.ones(3).sum, "sum")):
+        with pytest.raises(ValueError, match=f"{name}.*is not a function of a module"):
+            Program("x", function, (), (), mesh)
+
+
+def test_static_values_must_be_hashable():
+    with pytest.raises(ValueError, match=r"not hashable: \[1\]"):
+        Program("x", scaled, ([1],), (), tiny.mesh(data=1))  # type: ignore[arg-type]

@@ -106,6 +106,13 @@ def test_a_run_stops_where_it_is_told(train, workdir):
 # Steps that go wrong.
 
 
+def poisoned(run, params, batch):
+    """The objective of a run whose batches say which weights they want."""
+    weight = jnp.where(batch["tokens"] == HUGE, 100.0, batch["loss_mask"])
+    weight = jnp.where(batch["tokens"] == NOT_FINITE, jnp.nan, weight)
+    return objectives.causal_lm(run, params, batch | {"loss_mask": weight})
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Makes batches go wrong, by number: not finite, or with a huge loss."""
@@ -118,13 +125,8 @@ def poison(monkeypatch):
             token = NOT_FINITE if number in not_finite else HUGE if number in huge else None
             return batch if token is None else batch | {"tokens": np.full_like(batch["tokens"], token)}
 
-        def objective(run, params, batch):
-            weight = jnp.where(batch["tokens"] == HUGE, 100.0, batch["loss_mask"])
-            weight = jnp.where(batch["tokens"] == NOT_FINITE, jnp.nan, weight)
-            return objectives.causal_lm(run, params, batch | {"loss_mask": weight})
-
         monkeypatch.setattr(pipeline._Batches, "__getitem__", spoilt)
-        monkeypatch.setitem(objectives.OBJECTIVES, "causal_lm", objective)
+        monkeypatch.setitem(objectives.OBJECTIVES, "causal_lm", poisoned)
 
     return arrange
 

@@ -51,7 +51,7 @@ def computed(name: str, axes: dict[str, int], accumulate: int = 1):
 
     @functools.partial(jax.jit, out_shardings=(None, places))
     def run(params, batch):
-        (nll, aux), gradients = step._gradients(config, params, batch)
+        (nll, aux), gradients = step._gradients(config, step.objective(config), params, batch)
         return (nll, aux, step.optax.global_norm(gradients)), gradients
 
     with jax.set_mesh(mesh):

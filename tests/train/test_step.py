@@ -30,7 +30,7 @@ def batch(config: RunConfig = CONFIG, seed: int = 0):
 
 
 def gradients(config: RunConfig, params, rows):
-    return jax.jit(lambda p, b: step._gradients(config, p, b))(params, rows)
+    return jax.jit(lambda p, b: step._gradients(config, step.objective(config), p, b))(params, rows)
 
 
 def raw(tree) -> list[bytes]:
