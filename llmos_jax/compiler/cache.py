@@ -48,6 +48,7 @@ class Memory:
     alias: int
     temp: int
     code: int
+    host: int = 0  # in the host's memory: arguments and temporaries that are offloaded
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> "Memory":
@@ -58,10 +59,12 @@ class Memory:
             memory.alias_size_in_bytes,
             memory.temp_size_in_bytes,
             memory.generated_code_size_in_bytes,
+            memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         )
 
     @property
     def peak(self) -> int:
+        """Temporaries are one allocation, held beside the arguments from the first moment to the last."""
         return self.argument + self.output - self.alias + self.temp
 
 
@@ -91,7 +94,7 @@ class _Damaged(Exception):
     """An entry that cannot be trusted; the message says why."""
 
 
-def can_hold(mesh: Mesh) -> bool:
+def can_load(mesh: Mesh) -> bool:
     """Whether executables for `mesh` can be loaded: into devices that are here, not into described ones."""
     device = mesh.devices.flat[0]
     try:
@@ -102,8 +105,11 @@ def can_hold(mesh: Mesh) -> bool:
 
 def load_or_build(
     identity: str, name: str, mesh: Mesh, build: Callable[[], jax.stages.Compiled]
-) -> tuple[jax.stages.Compiled, Stored | None]:
+) -> tuple[jax.stages.Compiled | None, Stored | None]:
     """The executable, and what its entry says; None for the latter where it had to be built.
+
+    For described devices, which nothing can be loaded into, an entry holds only what the compiler said of the program,
+    and the executable is None where it comes from the cache.
 
     Of several processes on this machine that need the same program at once, one compiles and the others wait. The
     processes of one run either all load it or all compile, since GPUs divide their tuning among them.
@@ -112,7 +118,7 @@ def load_or_build(
     if folder is None and jax.process_count() == 1:
         return build(), None
     file = (folder or Path()) / f"{identity}{SUFFIX}"
-    several = len({device.process_index for device in mesh.devices.flat}) > 1
+    several = can_load(mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
     found = _load(file, identity, mesh) if folder else None
     if several and not _everybody(found is not None):
         found = None
@@ -165,15 +171,16 @@ def size_limit() -> int:
 # One entry.
 
 
-def _load(file: Path, identity: str, mesh: Mesh) -> tuple[jax.stages.Compiled, Stored] | None:
+def _load(file: Path, identity: str, mesh: Mesh) -> tuple[jax.stages.Compiled | None, Stored] | None:
     """The entry in `file`, or None where there is none that can be used; a bad one is removed and said."""
     try:
         header, payload = _read(file, identity)
         serialized, in_tree, out_tree, hlo = pickle.loads(payload)
-        devices = list(mesh.devices.flat)
-        compiled = serialize_executable.deserialize_and_load(
-            serialized, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
-        )
+        devices, compiled = list(mesh.devices.flat), None
+        if serialized is not None:
+            compiled = serialize_executable.deserialize_and_load(
+                serialized, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+            )
         stored = Stored(Memory(**header["memory"]), header["compile_seconds"], hlo)
     except FileNotFoundError:
         return None
@@ -206,7 +213,7 @@ def _read(file: Path, identity: str) -> tuple[dict[str, Any], memoryview]:
 def _store(file: Path, identity: str, name: str, mesh: Mesh, compiled: jax.stages.Compiled, seconds: float) -> None:
     """Writes an entry; where that cannot be done, that is said once and the run goes on."""
     try:
-        serialized = serialize_executable.serialize(compiled)
+        serialized = serialize_executable.serialize(compiled) if can_load(mesh) else (None, None, None)
         payload = pickle.dumps((*serialized, zlib.compress((compiled.as_text() or "").encode(), 1)))
         device = mesh.devices.flat[0]
         header = {

@@ -268,7 +268,9 @@ def _in_hbm(shapes) -> float:
 
 
 def _started_bytes(i: Instruction, operands: list[Shape]) -> float:
-    """A start's result holds its operands beside its results: what is there twice is read once."""
+    """A start's result holds its operands beside its results, but for an all-reduce: those are not written."""
+    if i.opcode == "all-reduce-start":
+        return _in_hbm(operands) + _in_hbm(i.shapes)
     results = Counter(shape for shape in i.shapes if shape.dims)
     results.subtract(operands)
     return _in_hbm(operands) + _in_hbm(shape for shape, number in results.items() for _ in range(max(number, 0)))

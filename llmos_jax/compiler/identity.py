@@ -52,7 +52,7 @@ def ingredients(program: "Program") -> dict[str, Any]:
         "donate": list(program.donate),
         "out_structure": _stable(str(places_structure)),
         "out_shardings": [_place(place, program.mesh) for place in places],
-        "options": [_stable(repr(option)) for option in program.options],
+        "options": [_stable(repr(option)) for option in program.options or ()],
         **surroundings(program.mesh),
     }
 

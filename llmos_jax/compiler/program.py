@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler import cache
 from llmos_jax.compiler.identity import identity
+from llmos_jax.compiler.options import Options, compiler_options
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Program:
       depend on what it closes over. static: hashable values that are fixed in the compiled program and that print
       completely (frozen dataclasses, numbers, strings, a Mesh), and functions as above. args: pytrees of
       `jax.ShapeDtypeStruct` with shardings. donate: positions in `args` whose buffers the results may take over.
-    out_shardings: as `jax.jit`'s; None lets the compiler choose. options: of the XLA compiler, as (name, value).
+    out_shardings: as `jax.jit`'s; None lets the compiler choose. options: of the XLA compiler, as (name, value); None takes those of the chip (options.py).
     Raises ValueError where `function` or `static` are not such.
     """
 
@@ -37,9 +38,11 @@ class Program:
     mesh: Mesh
     donate: tuple[int, ...] = ()
     out_shardings: Any = None
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options | None = None
 
     def __post_init__(self) -> None:
+        if self.options is None:
+            object.__setattr__(self, "options", compiler_options(self.mesh))
         for function in (self.function, *filter(callable, self.static)):
             where, called = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
             if getattr(sys.modules.get(where), called, None) is not function:
@@ -67,18 +70,18 @@ class Program:
             return jitted.lower(*self.static, *self.args)
 
     def compile(self) -> "Executable":
-        """The executable: from the cache on disk where it was compiled before, else from the compiler."""
+        """The executable: from the cache on disk where it was compiled before, else from the compiler.
+
+        One for described devices tells its memory and its text, and cannot be called.
+        """
         started = time.perf_counter()
-        if cache.can_hold(self.mesh):
-            compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
-        else:
-            compiled, stored = self._build(), None
+        compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
         return Executable(self.name, compiled, self.mesh, time.perf_counter() - started, stored)
 
     def _build(self) -> jax.stages.Compiled:
         lowered = self.lower()
         with jax.set_mesh(self.mesh):
-            return lowered.compile(dict(self.options) or None)
+            return lowered.compile(dict(self.options or ()) or None)
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,6 @@ _TPU_ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 
-# Collectives run beside products instead of between them. Names as of libtpu 0.0.42.
-_TPU_OPTIONS = {
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_data_parallel_all_reduce_opt": True,
-    "xla_tpu_data_parallel_opt_different_sized_ops": True,
-}
-
 _PATTERN = re.compile(r"(?:(\d+)\*)?([a-z]\w*):(\d+(?:x\d+)*)")
 
 
@@ -151,10 +140,6 @@ class Target:
             f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={self.num_devices}",
         )
         return devices[: self.num_devices]
-
-    def compiler_options(self) -> dict[str, Any]:
-        """XLA options that our programs are compiled with (`lowered.compile(compiler_options=...)`)."""
-        return dict(_TPU_OPTIONS) if self.row.platform == "tpu" else {}
 
     def mesh(self, config: MeshConfig) -> Mesh:
         """The mesh of `config` on these devices: whole physical axes where the sizes allow it, slices outermost.

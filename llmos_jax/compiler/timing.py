@@ -51,17 +51,34 @@ class Timing:
             self.uncounted[name] += number * times
 
 
-def timing(module: Module, chip: Chip, links: Mapping[str, AxisLinks], mesh_shape: Mapping[str, int]) -> Timing:
+def timing(
+    module: Module,
+    chip: Chip,
+    links: Mapping[str, AxisLinks],
+    mesh_shape: Mapping[str, int],
+    *,
+    roofline: bool = False,
+) -> Timing:
     """Of one execution of `module` on a device of `chip`, whose mesh is `mesh_shape` (axis -> size, in order).
 
-    links: what joins the devices of each axis (`Target.axis_links`). A loop whose trips follow from data counts once.
+    links: what joins the devices of each axis (`Target.axis_links`). roofline: every instruction takes what XLA's cost
+    model says, its FLOPs and bytes at the chip's peaks, and the compiler's cycles are left aside: a bound from below.
+    A loop whose trips follow from data counts once.
     """
-    return _Player(module, chip, links, mesh_shape).play(module.entry)
+    return _Player(module, chip, links, mesh_shape, roofline).play(module.entry)
 
 
 class _Player:
-    def __init__(self, module: Module, chip: Chip, links: Mapping[str, AxisLinks], mesh_shape: Mapping[str, int]):
+    def __init__(
+        self,
+        module: Module,
+        chip: Chip,
+        links: Mapping[str, AxisLinks],
+        mesh_shape: Mapping[str, int],
+        roofline: bool,
+    ):
         self.module, self.chip, self.links, self.mesh_shape = module, chip, links, mesh_shape
+        self.roofline = roofline
         self.known: dict[str, Timing] = {}
 
     def play(self, where: Computation) -> Timing:
@@ -107,7 +124,7 @@ class _Player:
         total.seconds += late
 
     def _compute(self, total: Timing, step: Step) -> None:
-        if step.cycles is not None and self.chip.clock_hz:
+        if step.cycles is not None and self.chip.clock_hz and not self.roofline:
             seconds = step.cycles / self.chip.clock_hz
             total.cycles += seconds
         else:
@@ -122,9 +139,9 @@ class _Player:
         shapes = step.instruction.shapes
         peak = chip.peak_flops(_jax_name(shapes[0].dtype) if shapes else "bfloat16")
         share = chip.attention_share if "attention" in step.name else chip.matmul_share
-        arithmetic = step.flops / (peak * share) if peak else 0.0
-        memory = step.bytes / (chip.memory_bandwidth * MEMORY_SHARE) if chip.memory_bandwidth else 0.0
-        return max(arithmetic, memory)
+        arithmetic = step.flops / peak if peak else 0.0
+        memory = step.bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0
+        return max(arithmetic, memory) if self.roofline else max(arithmetic / share, memory / MEMORY_SHARE)
 
     def _collective_seconds(self, step: Step) -> tuple[Axes, float]:
         """Axes, and seconds. An exchange over several axes goes over one after the other, on what the ones before left."""

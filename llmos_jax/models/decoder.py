@@ -41,16 +41,20 @@ class Block(nnx.Module):
 
     def __call__(self, x, context: "Context", cache: Cache | None = None):
         """x [B, T, D] -> (x, load-balance loss, cache)."""
-        y, cache = self.attention(
-            self.attention_norm(x), context.rope[self.kind], context.segment_ids, cache, context.offset
-        )
-        x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
-        y, aux = self.mlp_norm(x), jnp.zeros((), jnp.float32)
-        if self.moe is not None:
-            y, aux = self.moe(y, context.token_mask)
-        elif self.mlp is not None:
-            y = self.mlp(y)
-        return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y)), aux, cache
+        aux = jnp.zeros((), jnp.float32)
+        with jax.named_scope("attention"):
+            y, cache = self.attention(
+                self.attention_norm(x), context.rope[self.kind], context.segment_ids, cache, context.offset
+            )
+            x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
+        with jax.named_scope("mlp" if self.moe is None else "moe"):
+            y = self.mlp_norm(x)
+            if self.moe is not None:
+                y, aux = self.moe(y, context.token_mask)
+            elif self.mlp is not None:
+                y = self.mlp(y)
+            x = x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
+        return x, aux, cache
 
 
 class Context(NamedTuple):
@@ -99,7 +103,8 @@ class Decoder(nnx.Module):
             positions = jnp.arange(tokens.shape[1]) + start[:, None]
         token_mask = jnp.ones(tokens.shape, jnp.float32) if segment_ids is None else (segment_ids > 0) * 1.0
         context = Context(self._rope(positions), segment_ids, token_mask, offset)
-        x = self.embed(tokens, positions)
+        with jax.named_scope("embed"):
+            x = self.embed(tokens, positions)
         if cache is None:
             x, aux = self._scan(x, context)
         else:

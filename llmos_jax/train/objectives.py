@@ -65,7 +65,8 @@ def _cross_entropy(
 
     tokens = ("batch", "sequence")
     run = sharded(local, (stream, kernel, tokens, tokens), ((), ()))
-    return run(hidden, weight, targets, mask)
+    with jax.named_scope("loss"):
+        return run(hidden, weight, targets, mask)
 
 
 OBJECTIVES = {"causal_lm": causal_lm}

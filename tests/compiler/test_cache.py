@@ -264,16 +264,17 @@ def test_a_home_that_cannot_be_made_only_costs_time(home, monkeypatch, capfd):
     assert "are not cached" in capfd.readouterr().err
 
 
-def test_described_devices_have_nowhere_to_load_into(home, monkeypatch):
+def test_of_described_devices_what_the_compiler_said_is_kept(home, monkeypatch):
     here = tiny.mesh(data=1)
-    assert cache.can_hold(here)
+    assert cache.can_load(here)
     twin = SimpleNamespace(platform="cpu", device_kind="cpu", id=0)
     absent = SimpleNamespace(platform="tpu", device_kind="TPU v5p", id=0)
     for described in (twin, absent):
-        assert not cache.can_hold(SimpleNamespace(devices=np.array([described])))
-    monkeypatch.setattr(cache, "can_hold", lambda mesh: False)
-    run(program().compile())
-    assert not (home / "executables").exists()
+        assert not cache.can_load(SimpleNamespace(devices=np.array([described])))
+    monkeypatch.setattr(cache, "can_load", lambda mesh: False)
+    first, second = program().compile(), program().compile()
+    assert second.from_cache and second.compiled is None
+    assert (second.memory, second.hlo) == (first.memory, first.hlo)
 
 
 def test_the_size_limit_is_checked(home, monkeypatch):

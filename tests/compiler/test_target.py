@@ -62,7 +62,6 @@ def test_the_local_devices():
     target = Target.parse("local")
     assert target.devices() == jax.devices()
     assert target.num_devices == len(jax.devices())
-    assert target.compiler_options() == {}
     assert target.mesh(MeshConfig()).shape["fsdp"] == len(jax.devices())
 
 

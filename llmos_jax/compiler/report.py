@@ -1,0 +1,221 @@
+"""What a compiled program takes on a target: bytes of a device, work, traffic, time and money. Plain data, JSON-able.
+
+Three estimates of time stand side by side. "analytic": by formula, from the configuration alone. "roofline": the compiled
+program, every instruction at the chip's peaks (XLA's cost model, loops multiplied out). "schedule": the compiled program's
+schedule played through with the TPU compiler's own estimated cycles, and with achievable shares of peak where it gives
+none. In the last two, what overlaps is what the compiler scheduled to overlap.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from llmos_jax.compiler import buffers, hlo, hlo_cost
+from llmos_jax.compiler.program import Executable, Program
+from llmos_jax.compiler.target import Target
+from llmos_jax.compiler.timing import Timing, timing
+
+MAIN = "schedule"  # the estimate that speed and money are told from
+NUM_BUFFERS = 12
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a program does for its user.
+
+    parts: for each argument of the program, what its bytes are called; a dict names the fields of a NamedTuple.
+    """
+
+    tokens: int  # over all devices
+    useful_flops: float  # over all devices, no recomputation (roofline.py)
+    parts: tuple[str | Mapping[str, str], ...]
+    calls: int = 1  # of a whole run
+    unit: str = "step"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one call. communication and exposed: by mesh axes ("fsdp", "data+fsdp", "host"), all of it and what is
+    waited for."""
+
+    seconds: float
+    core: float
+    communication: dict[str, float]
+    exposed: dict[str, float]
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over the same axes. bytes: of a device, of the whole (gathered, unreduced) arrays."""
+
+    kind: str
+    axes: str
+    number: int
+    bytes: float
+    asynchronous: int  # of `number`
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one program on one device of a target, unless said otherwise. Bytes and seconds."""
+
+    program: str
+    target: str
+    mesh: dict[str, int]
+    num_devices: int
+    num_chips: int
+    memory: dict[str, float]  # by part; "temporaries", "results" and "code" among them
+    host_bytes: float
+    peak_bytes: float
+    capacity_bytes: float
+    flops: float  # of products and kernels, recomputation included
+    useful_flops: float
+    hbm_bytes: float
+    traffic: list[Traffic]
+    estimates: dict[str, Estimate]
+    tokens: int
+    calls: int
+    unit: str
+    tokens_per_second_per_chip: float
+    dollars_per_million_tokens: float | None
+    dollars_per_run: float | None
+    compile_seconds: float
+    from_cache: bool
+    buffers: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.capacity_bytes
+
+    @property
+    def headroom_bytes(self) -> float:
+        return self.capacity_bytes - self.peak_bytes
+
+    @property
+    def main(self) -> Estimate:
+        return self.estimates[MAIN]
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = {
+            "fits": self.fits,
+            "headroom_bytes": self.headroom_bytes,
+            "step_seconds": self.main.seconds,
+            "mfu": self.main.mfu,
+        }
+        return asdict(self) | derived
+
+
+def report(
+    program: Program, executable: Executable, target: Target, work: Work, analytic: Mapping[str, Any] | None = None
+) -> Report:
+    """analytic: the fields of an Estimate by formula, where there is a formula."""
+    module = hlo.parse(executable.hlo)
+    mesh = dict(program.mesh.shape)
+    links, chip = target.axis_links(program.mesh), target.chip
+    total = hlo_cost.cost(module)
+    useful = work.useful_flops / target.num_devices
+    peak_flops = useful_peak(program, target)
+    estimates = {"analytic": Estimate(**analytic)} if analytic else {}
+    for name, roofline in (("roofline", True), ("schedule", False)):
+        estimates[name] = _estimate(timing(module, chip, links, mesh, roofline=roofline), useful, peak_flops)
+    seconds = estimates[MAIN].seconds
+    rate = work.tokens / seconds if seconds else 0.0
+    price = target.price
+    memory = _memory(program, executable, work)
+    alive = buffers.peak(module, [label for label, _ in _arguments(program, work)])
+    return Report(
+        program=program.name,
+        target=target.name,
+        mesh={axis: size for axis, size in mesh.items() if size > 1},
+        num_devices=target.num_devices,
+        num_chips=target.num_chips,
+        memory=memory,
+        host_bytes=float(executable.memory.host),
+        peak_bytes=sum(memory.values()),
+        capacity_bytes=chip.usable_bytes,
+        flops=total.flops,
+        useful_flops=useful,
+        hbm_bytes=total.bytes,
+        traffic=_traffic(total, mesh),
+        estimates=estimates,
+        tokens=work.tokens,
+        calls=work.calls,
+        unit=work.unit,
+        tokens_per_second_per_chip=rate / target.num_chips,
+        dollars_per_million_tokens=price / 3600 / rate * 1e6 if price and rate else None,
+        dollars_per_run=price / 3600 * seconds * work.calls if price and work.calls > 1 else None,
+        compile_seconds=executable.stored.compile_seconds if executable.stored else executable.compile_seconds,
+        from_cache=executable.from_cache,
+        buffers=[asdict(buffer) for buffer in alive.buffers[:NUM_BUFFERS]],
+        notes=[f"{what}: not counted, {number} times" for what, number in total.unknown.items()],
+    )
+
+
+def useful_peak(program: Program, target: Target) -> float:
+    """Peak FLOP/s of the dtype that the program computes in, taken from its configuration."""
+    dtypes = [dtype for value in program.static if (dtype := _dtype(value))]
+    return target.chip.peak_flops(dtypes[0] if dtypes else "bfloat16")
+
+
+def _dtype(static: Any) -> str:
+    return getattr(getattr(static, "model", static), "dtype", "")
+
+
+def _estimate(found: Timing, useful: float, peak: float) -> Estimate:
+    mfu = useful / found.seconds / peak if found.seconds and peak else 0.0
+    return Estimate(found.seconds, found.core, _named(found.busy), _named(found.exposed), mfu)
+
+
+def _named(by_axes: Mapping[tuple[str, ...], float]) -> dict[str, float]:
+    return {"+".join(axes) or "none": seconds for axes, seconds in by_axes.items() if seconds > 0}
+
+
+def _traffic(total: hlo_cost.Cost, mesh: Mapping[str, int]) -> list[Traffic]:
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
+    for found, number in total.collectives:
+        axes = found.axes(mesh)
+        row = sums[found.kind, "+".join(axes) if axes is not None else "some devices"]
+        row[0] += number
+        row[1] += found.bytes * number
+        row[2] += number if found.asynchronous else 0
+    rows = [Traffic(kind, axes, int(n), size, int(beside)) for (kind, axes), (n, size, beside) in sums.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _memory(program: Program, executable: Executable, work: Work) -> dict[str, float]:
+    """The peak in parts. Arguments are taken as the compiler counts them, in proportion to their arrays' bytes."""
+    memory = executable.memory
+    parts: dict[str, float] = defaultdict(float)
+    for label, size in _arguments(program, work):
+        parts[label.partition(": ")[0]] += size
+    stated = sum(parts.values())
+    scale = memory.argument / stated if stated else 0.0  # tiles make arrays larger than their elements
+    return {
+        **{name: size * scale for name, size in parts.items()},
+        "temporaries": float(memory.temp),
+        "results": float(max(memory.output - memory.alias, 0)),
+        "code": float(memory.code),
+    }
+
+
+def _arguments(program: Program, work: Work) -> Iterable[tuple[str, float]]:
+    """("part: path", bytes on a device) of each array among the arguments, in the order of the flat program."""
+    for argument, part in zip(program.args, work.parts, strict=True):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]:
+            first = getattr(path[0], "name", "") if path else ""
+            name = part if isinstance(part, str) else part.get(first, "other")
+            on_device = leaf.sharding is None or leaf.sharding.memory_kind in (None, "device", "unpinned_host")
+            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+            size = math.prod(shape) * leaf.dtype.itemsize if on_device else 0
+            yield f"{name}: {_path(path)}", float(size)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return " ".join(parts[1:] if len(parts) > 1 else parts)

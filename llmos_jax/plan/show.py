@@ -1,0 +1,144 @@
+"""A report on a terminal: memory as bars, time as three estimates side by side, traffic, the largest buffers."""
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from llmos_jax.compiler.report import Report
+
+BAR = 48  # characters for the whole of a device's memory
+COLORS = {
+    "parameters": "blue",
+    "optimizer state": "magenta",
+    "KV cache": "magenta",
+    "temporaries": "yellow",
+    "batch": "cyan",
+    "results": "green",
+}
+ESTIMATES = {
+    "analytic": "by formula, from the configuration",
+    "roofline": "compiled program, all at peak rates (XLA's cost model x trip counts)",
+    "schedule": "compiled program's schedule played through (compiler's estimated cycles)",
+}
+
+
+def show(reports: Sequence[Report]) -> None:
+    console = Console(highlight=False)
+    for found in reports:
+        console.print(_page(found))
+
+
+def _page(found: Report) -> Group:
+    return Group(_title(found), _memory(found), Text(), _times(found), Text(), _work(found), *_largest(found))
+
+
+def _title(found: Report) -> Text:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()) or "one device"
+    verdict = ("fits", "bold green") if found.fits else ("does not fit", "bold red")
+    made = "seen before" if found.from_cache else f"compiled in {found.compile_seconds:.0f} s"
+    devices = "" if found.num_devices == found.num_chips else f", {found.num_devices} devices"
+    return Text.assemble(
+        (f"{found.program}", "bold"),
+        f" on {found.target} ({found.num_chips} chips{devices}; {mesh}): ",
+        verdict,
+        f"; {made}\n",
+    )
+
+
+def _memory(found: Report) -> Group:
+    of = "a chip" if found.num_devices == found.num_chips else "a device"
+    head = f"memory {of}: {_gib(found.peak_bytes)} of {_gib(found.capacity_bytes)} GiB"
+    state = f"{_gib(found.headroom_bytes)} free" if found.fits else f"{_gib(-found.headroom_bytes)} too much"
+    bar, legend = Text("  "), Table.grid(padding=(0, 2))
+    scale = BAR / max(found.capacity_bytes, found.peak_bytes, 1.0)
+    for name, size in found.memory.items():
+        color = COLORS.get(name, "white")
+        bar.append("█" * round(size * scale), color)
+        if size >= 1e-3 * found.peak_bytes:
+            legend.add_row("", Text(f"█ {name}", color), f"{_gib(size):>8} GiB", f"{size / found.peak_bytes:5.0%}")
+    bar.append("·" * max(BAR - (len(bar.plain) - 2), 0), "dim")
+    if found.host_bytes:
+        legend.add_row("", "in the host's memory", f"{_gib(found.host_bytes):>8} GiB", "")
+    return Group(Text(f"{head} ({state})", "bold"), bar, legend)
+
+
+def _times(found: Report) -> Group:
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("time", f"a {found.unit}", "core", "communication", "waited for", "MFU", ""):
+        rows.add_column(name, justify="left" if name in ("time", "") else "right")
+    for name, one in found.estimates.items():
+        moved, waited = sum(one.communication.values()), sum(one.exposed.values())
+        mfu = f"{one.mfu:.1%}" if one.mfu else ""
+        told = [_seconds(value) for value in (one.seconds, one.core, moved, waited)]
+        rows.add_row(name, *told, mfu, Text(ESTIMATES[name], "dim"))
+    speed = f"{found.tokens_per_second_per_chip:,.0f} tokens/s a chip"
+    if found.dollars_per_million_tokens is not None:
+        speed += f"; ${found.dollars_per_million_tokens:,.3f} a million tokens"
+    if found.dollars_per_run is not None:
+        hours = found.main.seconds * found.calls / 3600
+        speed += f"; {hours:,.1f} hours and ${found.dollars_per_run:,.0f} for {found.calls:,} {found.unit}s"
+    return Group(rows, Text(speed, "bold"))
+
+
+def _work(found: Report) -> Group:
+    again = found.flops / found.useful_flops if found.useful_flops else 0.0
+    head = Text(
+        f"work a chip: {found.flops / 1e12:,.2f} TFLOP ({again:.2f} x the useful ones), "
+        f"{found.hbm_bytes / 1e9:,.1f} GB of HBM traffic"
+        if found.num_devices == found.num_chips
+        else f"work a device: {found.flops / 1e12:,.2f} TFLOP ({again:.2f} x the useful ones), "
+        f"{found.hbm_bytes / 1e9:,.1f} GB of HBM traffic",
+        "bold",
+    )
+    rows = Table.grid(padding=(0, 2))
+    main = found.main
+    for one in found.traffic[:8]:
+        busy, waited = main.communication.get(one.axes, 0.0), main.exposed.get(one.axes, 0.0)
+        beside = f"{one.asynchronous} of {one.number} beside other work"
+        axis_time = f"{one.axes}: {_seconds(busy)}, {_seconds(waited)} waited for"
+        rows.add_row("", one.kind, f"over {one.axes}", f"{one.bytes / 1e9:,.2f} GB", beside, Text(axis_time, "dim"))
+    return Group(head, rows)
+
+
+def _largest(found: Report) -> list[Group | Text]:
+    rows = Table.grid(padding=(0, 2))
+    for one in found.buffers:
+        times = f"{one['number']} x " if one["number"] > 1 else ""
+        rows.add_row("", f"{_gib(one['bytes']):>7} GiB", f"{times}{one['shape']}", one["label"])
+    listed: list[Group | Text] = [Text(), Group(Text("largest at the worst moment", "bold"), rows)] if found.buffers else []
+    return [*listed, *(Text(note, "dim") for note in found.notes), Text()]
+
+
+def show_comparison(reports: Sequence[Report]) -> None:
+    """One line a target."""
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    names = ("target", "chips", "memory", "of", "", "time", "MFU", "tokens/s a chip", "tokens/s", "$/M tokens")
+    for name in names:
+        rows.add_column(name, justify="left" if name in ("target", "") else "right")
+    for one in reports:
+        dollars = one.dollars_per_million_tokens
+        rows.add_row(
+            one.target,
+            str(one.num_chips),
+            f"{_gib(one.peak_bytes)} GiB",
+            _gib(one.capacity_bytes),
+            Text("fits", "green") if one.fits else Text("too much", "red"),
+            _seconds(one.main.seconds),
+            f"{one.main.mfu:.1%}",
+            f"{one.tokens_per_second_per_chip:,.0f}",
+            f"{one.tokens_per_second_per_chip * one.num_chips:,.0f}",
+            "" if dollars is None else f"{dollars:,.3f}",
+        )
+    Console(highlight=False).print(rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:,.2f} s"
+    return f"{value * 1e3:,.2f} ms" if value >= 1e-3 else f"{value * 1e6:,.0f} µs"
