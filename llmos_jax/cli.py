@@ -106,6 +106,18 @@ def data(args: argparse.Namespace) -> int:
     return answer(args, report, lambda: print_data_report(report))
 
 
+def plan(args: argparse.Namespace) -> int:
+    from llmos_jax import overrides
+    from llmos_jax.compiler.target import Target
+    from llmos_jax.plan.command import run_plan
+
+    first, *others = [name for name in args.compare.split(",") if name] if args.compare else [args.target]
+    targets = [Target.parse(name) for name in (first, *others)]
+    if args.price is not None:
+        targets = [target.with_price(args.price) for target in targets]
+    return run_plan(overrides.load_config(args.config, args.set), targets, args, say, answer)
+
+
 def train(args: argparse.Namespace) -> int:
     from llmos_jax import overrides
     from llmos_jax.config import check
@@ -340,6 +352,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="what to call it (default: from the source)")
 
     command("models", models, "list the pulled models")
+
+    sub = with_settings(command("plan", plan, "say what a configuration takes on a target, before anything runs"))
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--target", default="local", help="v5p:8x8x8, 4*v6e:16x16, h100:8, cpu:8 or local (default)")
+    where.add_argument("--compare", metavar="T1,T2,...", help="several targets side by side")
+    sub.add_argument("--program", default="train", choices=("train", "prefill", "decode", "all"))
+    sub.add_argument("--batch", type=_positive, default=8, help="sequences of prefill and decode (default 8)")
+    sub.add_argument("--prompt", type=_positive, default=2048, help="tokens that a prefill takes (default 2048)")
+    sub.add_argument("--length", type=_positive, default=8192, help="tokens that a sequence may have (default 8192)")
+    sub.add_argument("--search", action="store_true", help="look for the best mesh, remat, micro-batch and offload")
+    sub.add_argument("--compile", type=_positive, default=4, help="candidates of a search to compile (default 4)")
+    sub.add_argument("--jobs", type=_positive, default=2, help="compilations of a search at a time (default 2)")
+    sub.add_argument("--price", type=_not_negative, help="US dollars a chip-hour, in place of the list price")
+    sub.add_argument("--no-advice", action="store_true", help="leave out what would make it fit")
 
     sub = with_settings(command("train", train, "train, or go on with a workdir that was started"))
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and the report go there")

@@ -5,6 +5,7 @@ take is known before it runs; and what it is can be told without tracing it, so 
 """
 
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -19,6 +20,14 @@ from llmos_jax.compiler.identity import identity
 from llmos_jax.compiler.options import Options, compiler_options
 
 
+class OutOfMemory(Exception):
+    """The compiler refused a program; `temporaries` are the bytes of a device that it says they need."""
+
+    def __init__(self, temporaries: float):
+        super().__init__(f"the program's temporaries take {temporaries / 2**30:.1f} GiB a device, more than there is")
+        self.temporaries = temporaries
+
+
 @dataclass(frozen=True)
 class Program:
     """A pure function and what it is called with: `function(*static, *args)`.
@@ -27,7 +36,8 @@ class Program:
       depend on what it closes over. static: hashable values that are fixed in the compiled program and that print
       completely (frozen dataclasses, numbers, strings, a Mesh), and functions as above. args: pytrees of
       `jax.ShapeDtypeStruct` with shardings. donate: positions in `args` whose buffers the results may take over.
-    out_shardings: as `jax.jit`'s; None lets the compiler choose. options: of the XLA compiler, as (name, value); None takes those of the chip (options.py).
+    out_shardings: as `jax.jit`'s; None lets the compiler choose. options: of the XLA compiler, as (name, value); None
+      takes those of the chip (options.py).
     Raises ValueError where `function` or `static` are not such.
     """
 
@@ -72,7 +82,8 @@ class Program:
     def compile(self) -> "Executable":
         """The executable: from the cache on disk where it was compiled before, else from the compiler.
 
-        One for described devices tells its memory and its text, and cannot be called.
+        One for described devices tells its memory and its text, and cannot be called. Raises OutOfMemory where the
+        compiler finds no place for the temporaries.
         """
         started = time.perf_counter()
         compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
@@ -81,7 +92,12 @@ class Program:
     def _build(self) -> jax.stages.Compiled:
         lowered = self.lower()
         with jax.set_mesh(self.mesh):
-            return lowered.compile(dict(self.options or ()) or None)
+            try:
+                return lowered.compile(dict(self.options or ()) or None)
+            except jax.errors.JaxRuntimeError as error:
+                if found := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error)):
+                    raise OutOfMemory(float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]]) from error
+                raise
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from llmos_jax.compiler import buffers, hlo, hlo_cost
-from llmos_jax.compiler.program import Executable, Program
+from llmos_jax.compiler.program import Executable, OutOfMemory, Program
 from llmos_jax.compiler.target import Target
 from llmos_jax.compiler.timing import Timing, timing
 
-MAIN = "schedule"  # the estimate that speed and money are told from
+MAIN = ("schedule", "analytic")  # the estimate that speed and money are told from: the first that there is
 NUM_BUFFERS = 12
 
 
@@ -70,13 +70,9 @@ class Report:
     num_devices: int
     num_chips: int
     memory: dict[str, float]  # by part; "temporaries", "results" and "code" among them
-    host_bytes: float
     peak_bytes: float
     capacity_bytes: float
-    flops: float  # of products and kernels, recomputation included
     useful_flops: float
-    hbm_bytes: float
-    traffic: list[Traffic]
     estimates: dict[str, Estimate]
     tokens: int
     calls: int
@@ -84,8 +80,13 @@ class Report:
     tokens_per_second_per_chip: float
     dollars_per_million_tokens: float | None
     dollars_per_run: float | None
-    compile_seconds: float
-    from_cache: bool
+    # Of the compiled program; nothing where the compiler refused it:
+    host_bytes: float = 0.0
+    flops: float = 0.0  # of products and kernels, recomputation included
+    hbm_bytes: float = 0.0
+    traffic: list[Traffic] = field(default_factory=list)
+    compile_seconds: float = 0.0
+    from_cache: bool = False
     buffers: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -99,7 +100,7 @@ class Report:
 
     @property
     def main(self) -> Estimate:
-        return self.estimates[MAIN]
+        return _main(self.estimates)
 
     def as_dict(self) -> dict[str, Any]:
         derived = {
@@ -119,30 +120,60 @@ def report(
     mesh = dict(program.mesh.shape)
     links, chip = target.axis_links(program.mesh), target.chip
     total = hlo_cost.cost(module)
-    useful = work.useful_flops / target.num_devices
-    peak_flops = useful_peak(program, target)
     estimates = {"analytic": Estimate(**analytic)} if analytic else {}
     for name, roofline in (("roofline", True), ("schedule", False)):
-        estimates[name] = _estimate(timing(module, chip, links, mesh, roofline=roofline), useful, peak_flops)
-    seconds = estimates[MAIN].seconds
-    rate = work.tokens / seconds if seconds else 0.0
-    price = target.price
-    memory = _memory(program, executable, work)
+        found = timing(module, chip, links, mesh, roofline=roofline)
+        estimates[name] = _estimate(found, work.useful_flops / target.num_devices, useful_peak(program, target))
+    held = executable.memory
+    memory = _memory(program, work, held.argument) | {
+        "temporaries": float(held.temp),
+        "results": float(max(held.output - held.alias, 0)),
+        "code": float(held.code),
+    }
     alive = buffers.peak(module, [label for label, _ in _arguments(program, work)])
+    compiled = {
+        "host_bytes": float(held.host),
+        "flops": total.flops,
+        "hbm_bytes": total.bytes,
+        "traffic": _traffic(total, mesh),
+        "compile_seconds": executable.stored.compile_seconds if executable.stored else executable.compile_seconds,
+        "from_cache": executable.from_cache,
+        "buffers": [asdict(buffer) for buffer in alive.buffers[:NUM_BUFFERS]],
+        "notes": [f"{what}: not counted, {number} times" for what, number in total.unknown.items()],
+    }
+    return _report(program, target, work, memory, estimates, compiled)
+
+
+def refused(
+    program: Program, problem: OutOfMemory, target: Target, work: Work, analytic: Mapping[str, Any] | None = None
+) -> Report:
+    """Of a program that the compiler finds no place for: its memory, and what the formula says of the rest."""
+    memory = _memory(program, work, None) | {"temporaries": problem.temporaries}
+    estimates = {"analytic": Estimate(**analytic)} if analytic else {}
+    notes = ["the compiler refused it for its temporaries: there is no schedule, and time is by formula"]
+    return _report(program, target, work, memory, estimates, {"notes": notes})
+
+
+def _report(
+    program: Program,
+    target: Target,
+    work: Work,
+    memory: dict[str, float],
+    estimates: dict[str, Estimate],
+    compiled: dict[str, Any],
+) -> Report:
+    seconds = _main(estimates).seconds
+    rate, price = work.tokens / seconds if seconds else 0.0, target.price
     return Report(
         program=program.name,
         target=target.name,
-        mesh={axis: size for axis, size in mesh.items() if size > 1},
+        mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1},
         num_devices=target.num_devices,
         num_chips=target.num_chips,
         memory=memory,
-        host_bytes=float(executable.memory.host),
         peak_bytes=sum(memory.values()),
-        capacity_bytes=chip.usable_bytes,
-        flops=total.flops,
-        useful_flops=useful,
-        hbm_bytes=total.bytes,
-        traffic=_traffic(total, mesh),
+        capacity_bytes=target.chip.usable_bytes,
+        useful_flops=work.useful_flops / target.num_devices,
         estimates=estimates,
         tokens=work.tokens,
         calls=work.calls,
@@ -150,11 +181,12 @@ def report(
         tokens_per_second_per_chip=rate / target.num_chips,
         dollars_per_million_tokens=price / 3600 / rate * 1e6 if price and rate else None,
         dollars_per_run=price / 3600 * seconds * work.calls if price and work.calls > 1 else None,
-        compile_seconds=executable.stored.compile_seconds if executable.stored else executable.compile_seconds,
-        from_cache=executable.from_cache,
-        buffers=[asdict(buffer) for buffer in alive.buffers[:NUM_BUFFERS]],
-        notes=[f"{what}: not counted, {number} times" for what, number in total.unknown.items()],
+        **compiled,
     )
+
+
+def _main(estimates: Mapping[str, Estimate]) -> Estimate:
+    return next((estimates[name] for name in MAIN if name in estimates), Estimate(0.0, 0.0, {}, {}, 0.0))
 
 
 def useful_peak(program: Program, target: Target) -> float:
@@ -188,20 +220,14 @@ def _traffic(total: hlo_cost.Cost, mesh: Mapping[str, int]) -> list[Traffic]:
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def _memory(program: Program, executable: Executable, work: Work) -> dict[str, float]:
-    """The peak in parts. Arguments are taken as the compiler counts them, in proportion to their arrays' bytes."""
-    memory = executable.memory
+def _memory(program: Program, work: Work, stated: int | None) -> dict[str, float]:
+    """The arguments' bytes by part. stated: what the compiler counts for all of them; tiles make arrays larger."""
     parts: dict[str, float] = defaultdict(float)
     for label, size in _arguments(program, work):
         parts[label.partition(": ")[0]] += size
-    stated = sum(parts.values())
-    scale = memory.argument / stated if stated else 0.0  # tiles make arrays larger than their elements
-    return {
-        **{name: size * scale for name, size in parts.items()},
-        "temporaries": float(memory.temp),
-        "results": float(max(memory.output - memory.alias, 0)),
-        "code": float(memory.code),
-    }
+    total = sum(parts.values())
+    scale = stated / total if stated is not None and total else 1.0
+    return {name: size * scale for name, size in parts.items()}
 
 
 def _arguments(program: Program, work: Work) -> Iterable[tuple[str, float]]:

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 from llmos_jax.compiler.analytic import training_time
 from llmos_jax.compiler.analytic_serving import decode_time, prefill_time
-from llmos_jax.compiler.program import Program
-from llmos_jax.compiler.report import Report, Work, report
+from llmos_jax.compiler.program import OutOfMemory, Program
+from llmos_jax.compiler.report import Report, Work, refused, report
 from llmos_jax.compiler.roofline import forward_flops, matmul_params, train_flops
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import RunConfig, UserError, check, mesh_shape
-# from llmos_jax.models.generate import abstract_serving_params, decode_program, prefill_program
 from llmos_jax.train.step import train_program
 
 Say = Callable[[str], None]
@@ -26,7 +25,7 @@ class Serving(NamedTuple):
     length: int = 8_192  # tokens that a sequence may have
 
 
-def build(config: RunConfig, target: Target, name: str, serving: Serving = Serving()) -> tuple[Program, Work]:
+def build(config: RunConfig, target: Target, name: str, serving: Serving) -> tuple[Program, Work]:
     """The program `name` ("train", "prefill" or "decode") of `config` on `target`, abstract."""
     check(config, target.num_devices)
     mesh, model = target.mesh(config.mesh), config.model
@@ -35,6 +34,8 @@ def build(config: RunConfig, target: Target, name: str, serving: Serving = Servi
         useful = train_flops(model, train.seq_len) * train.batch_size
         work = Work(train.batch_size * train.seq_len, useful, (STATE, "batch"), train.steps, "step")
         return train_program(config, mesh), work
+    from llmos_jax.models.generate import abstract_serving_params, decode_program, prefill_program
+
     params = abstract_serving_params(model, mesh)
     batch, prompt, length = serving
     if name == "prefill":
@@ -57,12 +58,15 @@ def _parts(program: Program) -> tuple[str, ...]:
     return ("parameters", *("KV cache" if size > 1 else "other" for size in sizes[1:]))
 
 
-def plan(config: RunConfig, target: Target, name: str, serving: Serving = Serving(), say: Say = lambda _: None) -> Report:
+def plan(config: RunConfig, target: Target, name: str, serving: Serving, say: Say = lambda _: None) -> Report:
     """Compiles the program for the target, or finds what was compiled before, and reports on it."""
     program, work = build(config, target, name, serving)
+    analytic = _analytic(config, target, program, name, serving)
     say(f"compiling the {name} program for {target.name}")
-    executable = program.compile()
-    return report(program, executable, target, work, _analytic(config, target, program, name, serving))
+    try:
+        return report(program, program.compile(), target, work, analytic)
+    except OutOfMemory as problem:
+        return refused(program, problem, target, work, analytic)
 
 
 def _analytic(config: RunConfig, target: Target, program: Program, name: str, serving: Serving) -> dict[str, Any]:
@@ -78,7 +82,9 @@ def _analytic(config: RunConfig, target: Target, program: Program, name: str, se
             "mfu": found.mfu,
         }
     time = decode_time if name == "decode" else prefill_time
-    one = time(config.model, sizes, target, serving.batch, serving.length if name == "decode" else serving.prompt, links)
+    one = time(
+        config.model, sizes, target, serving.batch, serving.length if name == "decode" else serving.prompt, links
+    )
     return {
         "seconds": one.seconds,
         "core": max(one.memory, one.compute),

@@ -7,6 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmos_jax.compiler.report import Report
+from llmos_jax.plan.advice import Advice
+from llmos_jax.plan.search import Found
 
 BAR = 48  # characters for the whole of a device's memory
 COLORS = {
@@ -24,20 +26,23 @@ ESTIMATES = {
 }
 
 
-def show(reports: Sequence[Report]) -> None:
+def pages(reports: Sequence[Report]) -> None:
+    """A page a program."""
     console = Console(highlight=False)
     for found in reports:
         console.print(_page(found))
 
 
 def _page(found: Report) -> Group:
-    return Group(_title(found), _memory(found), Text(), _times(found), Text(), _work(found), *_largest(found))
+    work: list[Group | Text] = [Text(), _work(found)] if found.flops else []
+    return Group(_title(found), _memory(found), Text(), _times(found), *work, *_largest(found))
 
 
 def _title(found: Report) -> Text:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()) or "one device"
     verdict = ("fits", "bold green") if found.fits else ("does not fit", "bold red")
     made = "seen before" if found.from_cache else f"compiled in {found.compile_seconds:.0f} s"
+    made = made if found.flops else "not compiled"
     devices = "" if found.num_devices == found.num_chips else f", {found.num_devices} devices"
     return Text.assemble(
         (f"{found.program}", "bold"),
@@ -84,21 +89,20 @@ def _times(found: Report) -> Group:
 
 def _work(found: Report) -> Group:
     again = found.flops / found.useful_flops if found.useful_flops else 0.0
+    of = "a chip" if found.num_devices == found.num_chips else "a device"
     head = Text(
-        f"work a chip: {found.flops / 1e12:,.2f} TFLOP ({again:.2f} x the useful ones), "
-        f"{found.hbm_bytes / 1e9:,.1f} GB of HBM traffic"
-        if found.num_devices == found.num_chips
-        else f"work a device: {found.flops / 1e12:,.2f} TFLOP ({again:.2f} x the useful ones), "
+        f"work {of}: {found.flops / 1e12:,.2f} TFLOP ({again:.2f} x the useful ones), "
         f"{found.hbm_bytes / 1e9:,.1f} GB of HBM traffic",
         "bold",
     )
     rows = Table.grid(padding=(0, 2))
     main = found.main
     for one in found.traffic[:8]:
-        busy, waited = main.communication.get(one.axes, 0.0), main.exposed.get(one.axes, 0.0)
-        beside = f"{one.asynchronous} of {one.number} beside other work"
-        axis_time = f"{one.axes}: {_seconds(busy)}, {_seconds(waited)} waited for"
-        rows.add_row("", one.kind, f"over {one.axes}", f"{one.bytes / 1e9:,.2f} GB", beside, Text(axis_time, "dim"))
+        beside = f"{one.asynchronous:,} of {one.number:,} beside other work"
+        rows.add_row("", one.kind, f"over {one.axes}", f"{one.bytes / 1e9:,.2f} GB", beside)
+    for axes, busy in main.communication.items():
+        waited = main.exposed.get(axes, 0.0)
+        rows.add_row("", "all", f"over {axes}", _seconds(busy), f"{_seconds(waited)} waited for")
     return Group(head, rows)
 
 
@@ -107,11 +111,13 @@ def _largest(found: Report) -> list[Group | Text]:
     for one in found.buffers:
         times = f"{one['number']} x " if one["number"] > 1 else ""
         rows.add_row("", f"{_gib(one['bytes']):>7} GiB", f"{times}{one['shape']}", one["label"])
-    listed: list[Group | Text] = [Text(), Group(Text("largest at the worst moment", "bold"), rows)] if found.buffers else []
+    listed: list[Group | Text] = (
+        [Text(), Group(Text("largest at the worst moment", "bold"), rows)] if found.buffers else []
+    )
     return [*listed, *(Text(note, "dim") for note in found.notes), Text()]
 
 
-def show_comparison(reports: Sequence[Report]) -> None:
+def comparison(reports: Sequence[Report]) -> None:
     """One line a target."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     names = ("target", "chips", "memory", "of", "", "time", "MFU", "tokens/s a chip", "tokens/s", "$/M tokens")
@@ -132,6 +138,47 @@ def show_comparison(reports: Sequence[Report]) -> None:
             "" if dollars is None else f"{dollars:,.3f}",
         )
     Console(highlight=False).print(rows)
+
+
+def advice(target: str, found: Sequence[Advice]) -> None:
+    console = Console(highlight=False)
+    if not found:
+        console.print(f"nothing that is known makes it fit {target}; take more chips, or a smaller model")
+        return
+    console.print(Text(f"what would make it fit {target}, by formula", "bold"))
+    rows = Table.grid(padding=(0, 2))
+    for one in found:
+        cost = "no slower" if one.slower < 1.005 else f"{one.slower - 1:.0%} slower"
+        rows.add_row("", f"--set {' '.join(one.settings)}", f"{_gib(one.peak)} GiB", cost)
+    console.print(rows)
+
+
+def ranking(found: Found) -> None:
+    """What a search compiled, the best first, and the line to set."""
+    console = Console(highlight=False)
+    console.print(f"{found.scored:,} candidates scored, {found.possible:,} possible, {len(found.tried)} compiled")
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "a step", "formula", "MFU", "memory", "settings"):
+        rows.add_column(name, justify="right" if name not in ("", "settings") else "left")
+    for one in found.tried:
+        if not one.report:
+            rows.add_row("not compiled", "", _seconds(one.candidate.seconds), "", "", " ".join(one.candidate.settings))
+            continue
+        rows.add_row(
+            Text("fits", "green") if one.fits else Text("too much", "red"),
+            _seconds(one.seconds),
+            _seconds(one.candidate.seconds),
+            f"{one.report['mfu']:.1%}",
+            f"{_gib(one.report['peak_bytes'])} GiB",
+            " ".join(one.candidate.settings),
+        )
+    console.print(rows)
+    if found.stopped:
+        console.print("stopped; this is the best so far")
+    best = found.best
+    console.print(
+        Text(f"--set {' '.join(best.candidate.settings)}" if best else "nothing that was compiled fits", "bold")
+    )
 
 
 def _gib(size: float) -> str:

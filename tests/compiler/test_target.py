@@ -11,6 +11,7 @@ import pytest
 
 from llmos_jax.compiler.chips import CHIPS, gpu_description, peak_flops
 from llmos_jax.compiler.interconnect import axis_links, wraps
+from llmos_jax.compiler.options import compiler_options
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, UserError
 
@@ -254,7 +255,7 @@ def test_the_options_are_known_to_the_compiler():
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     x = jax.ShapeDtypeStruct((1024, 1024), "float32", sharding=place)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(lambda x: x @ x).lower(x).compile(compiler_options=target.compiler_options())
+        compiled = jax.jit(lambda x: x @ x).lower(x).compile(compiler_options=dict(compiler_options(mesh)))
     assert "all-gather" in compiled.as_text()
 
 
