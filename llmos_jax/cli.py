@@ -126,11 +126,18 @@ def train(args: argparse.Namespace) -> int:
     check(resolved)  # before jax is loaded: a typing mistake is told at once
 
     from llmos_jax.runtime import distributed
+    from llmos_jax.train.loop import TooLarge
     from llmos_jax.train.loop import train as run_training
     from llmos_jax.train.prepare import prepare
 
     distributed.start()
-    summary = run_training(prepare(resolved, args.workdir, say), args.stop_at)
+    run = prepare(resolved, args.workdir, say)
+    try:
+        summary = run_training(run, args.stop_at, args.force)
+    except TooLarge as error:
+        from llmos_jax.plan.advice import advise_here
+
+        raise UserError(f"{error}\n{advise_here(run.config, error.peak, error.capacity)}") from error
 
     def show() -> None:
         state = f"stopped at step {summary['step']} of {summary['steps']}" if summary["stopped"] else "finished"
@@ -370,6 +377,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = with_settings(command("train", train, "train, or go on with a workdir that was started"))
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and the report go there")
     sub.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and stop there; the same command goes on")
+
+    sub.add_argument("--force", action="store_true", help="try it even where the plan says that it does not fit")
 
     sub = with_model(command("generate", generate, "let a model go on from a prompt"), "ask")
     sub.add_argument("prompt", metavar="PROMPT")

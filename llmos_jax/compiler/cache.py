@@ -41,31 +41,30 @@ LONGEST_WAIT = 600.0  # seconds for another process that compiles the same progr
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device, as XLA's memory analysis names them; `alias` is the part of `output` that reuses arguments."""
+    """Bytes on a device, as XLA's memory analysis names them; `alias` is the part of `output` that reuses arguments.
+
+    peak: at the worst moment, arguments included. A TPU's compiler states it (its `temp` counts more than is in HBM at
+    once: programs whose temporaries are larger than the chip's memory compile and fit). Elsewhere the temporaries are
+    one allocation, held beside the arguments from the first moment to the last.
+    """
 
     argument: int
     output: int
     alias: int
     temp: int
     code: int
-    host: int = 0  # in the host's memory: arguments and temporaries that are offloaded
+    host: int  # in the host's memory: arguments and temporaries that are offloaded
+    peak: int
 
     @classmethod
-    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
-        memory: Any = compiled.memory_analysis()
-        return cls(
-            memory.argument_size_in_bytes,
-            memory.output_size_in_bytes,
-            memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.generated_code_size_in_bytes,
-            memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+    def of(cls, compiled: jax.stages.Compiled, platform: str) -> "Memory":
+        found: Any = compiled.memory_analysis()
+        argument, output, alias, temp = (
+            getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")
         )
-
-    @property
-    def peak(self) -> int:
-        """Temporaries are one allocation, held beside the arguments from the first moment to the last."""
-        return self.argument + self.output - self.alias + self.temp
+        peak = found.peak_memory_in_bytes if platform == "tpu" else argument + output - alias + temp
+        host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+        return cls(argument, output, alias, temp, found.generated_code_size_in_bytes, host, peak)
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def _store(file: Path, identity: str, name: str, mesh: Mesh, compiled: jax.stage
             "versions": versions(),
             "compile_seconds": round(seconds, 3),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "memory": asdict(Memory.of(compiled)),
+            "memory": asdict(Memory.of(compiled, device.platform)),
         }
         rest = json.dumps(header).encode() + b"\n" + payload
         draft = file.with_name(f".{file.stem}.{os.getpid()}.tmp")

@@ -15,10 +15,12 @@ Sources, by letter in the table:
      much between providers for a default
 """
 
+import contextlib
 import functools
 import os
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,13 +153,30 @@ def chip_of(device: Any) -> Chip:
     return Chip(kind, kind, "tpu" if device.platform == "tpu" else "gpu")
 
 
+def host_memory() -> float:
+    """Bytes that this machine's programs may use: what there is, or what a container is allowed."""
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
+def usable_bytes(device: Any) -> float:
+    """Bytes that programs may take on a device that is here; 0 where nobody knows."""
+    if device.platform == "cpu":
+        import jax
+
+        return host_memory() / jax.local_device_count("cpu")
+    return float((device.memory_stats() or {}).get("bytes_limit", 0)) or chip_of(device).usable_bytes
+
+
 @functools.cache
 def measured_cpu(num_devices: int) -> Chip:
     """This host's CPU as one of `num_devices` simulated devices, which share its cores, its memory and its bandwidth.
 
     Starts jax. The rates are those of a large product and a large copy, taken once.
     """
-    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / num_devices
+    memory = host_memory() / num_devices
     copy = measured_bandwidth() / num_devices
     return replace(
         CHIPS["cpu"],

@@ -124,11 +124,11 @@ class Executable:
     @functools.cached_property
     def memory(self) -> cache.Memory:
         """Bytes a device holds and what for, by the compiler's account when it was compiled."""
-        return self.stored.memory if self.stored else cache.Memory.of(self.compiled)
+        return self.stored.memory if self.stored else cache.Memory.of(self.compiled, self.mesh.devices.flat[0].platform)
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes a device holds at the worst moment: arguments, results that do not reuse them, and temporaries."""
+        """Bytes a device holds at the worst moment, arguments included; the program's code is not among them."""
         return self.memory.peak
 
     @functools.cached_property

@@ -69,7 +69,7 @@ class Report:
     mesh: dict[str, int]
     num_devices: int
     num_chips: int
-    memory: dict[str, float]  # by part; "temporaries", "results" and "code" among them
+    memory: dict[str, float]  # by part; "temporaries" and "code" among them
     peak_bytes: float
     capacity_bytes: float
     useful_flops: float
@@ -126,8 +126,7 @@ def report(
         estimates[name] = _estimate(found, work.useful_flops / target.num_devices, useful_peak(program, target))
     held = executable.memory
     memory = _memory(program, work, held.argument) | {
-        "temporaries": float(held.temp),
-        "results": float(max(held.output - held.alias, 0)),
+        "temporaries": float(max(held.peak - held.argument, 0)),  # and results that take no argument's place
         "code": float(held.code),
     }
     alive = buffers.peak(module, [label for label, _ in _arguments(program, work)])

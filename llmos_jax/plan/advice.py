@@ -7,7 +7,6 @@ compiler reported for the configuration as it stands.
 import itertools
 from dataclasses import dataclass
 
-from llmos_jax.compiler.report import Report
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import RunConfig, mesh_shape
 from llmos_jax.plan.candidates import REMAT, Candidate, evaluate
@@ -23,28 +22,42 @@ class Advice:
     peak: float
     slower: float
 
+    @property
+    def cost(self) -> str:
+        return "no slower" if self.slower < 1.005 else f"{self.slower - 1:.0%} slower"
 
-def advise(config: RunConfig, target: Target, report: Report) -> list[Advice]:
-    """Changes after which the training program is expected to fit, the fastest first; empty if none is known."""
+
+def advise(config: RunConfig, target: Target, peak: float, capacity: float) -> list[Advice]:
+    """Changes after which the training program, which takes `peak` bytes of a device's `capacity`, is expected to fit:
+    the fastest first; empty if none is known."""
     now = evaluate(config, target, ())
     if now is None:
         return []
-    scale = report.peak_bytes / now.memory
+    scale = peak / now.memory
     singles = list(_singles(config, target))
-    found = _fitting(config, target, [(one,) for one in singles], now, scale, report)
+    found = _fitting(config, target, [(one,) for one in singles], now, scale, capacity)
     if len(found) < 2:
         pairs = [pair for pair in itertools.combinations(singles, 2) if not _clash(*pair)]
-        found += _fitting(config, target, pairs, now, scale, report)
+        found += _fitting(config, target, pairs, now, scale, capacity)
     # The batch is what the run is about: a smaller one comes last.
     return sorted(found, key=lambda one: ("batch_size" in str(one.settings), round(one.slower, 3), one.peak))[:MOST]
 
 
-def _fitting(config, target, combinations, now: Candidate, scale: float, report: Report) -> list[Advice]:
+def advise_here(config: RunConfig, peak: float, capacity: float) -> str:
+    """The advice for this machine's devices, in lines of text."""
+    found = advise(config, Target.parse("local"), peak, capacity)
+    if not found:
+        return "nothing that is known makes it fit here; take more devices, or a smaller model"
+    lines = [f"  --set {' '.join(one.settings)}  ({one.peak / 2**30:.1f} GiB, {one.cost})" for one in found]
+    return "\n".join(["what would make it fit, by formula:", *lines])
+
+
+def _fitting(config, target, combinations, now: Candidate, scale: float, capacity: float) -> list[Advice]:
     answer = []
     for parts in combinations:
         settings = tuple(itertools.chain.from_iterable(parts))
         one = evaluate(config, target, settings)
-        if one and one.memory * scale <= report.capacity_bytes:
+        if one and one.memory * scale <= capacity:
             answer.append(Advice(settings, one.memory * scale, now.tokens_per_second / one.tokens_per_second))
     return answer
 

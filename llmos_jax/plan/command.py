@@ -29,7 +29,7 @@ def run_plan(config: RunConfig, targets: list[Target], args: argparse.Namespace,
         for name in names:
             reports.append(found := plan(fitted, target, name, serving, say))
             if name == "train" and not found.fits and not args.no_advice:
-                advice[target.name] = advise(fitted, target, found)
+                advice[target.name] = advise(fitted, target, found.peak_bytes, found.capacity_bytes)
     value = {
         "reports": [one.as_dict() for one in reports],
         "advice": {name: [asdict(one) for one in found] for name, found in advice.items()},

@@ -17,7 +17,6 @@ COLORS = {
     "KV cache": "magenta",
     "temporaries": "yellow",
     "batch": "cyan",
-    "results": "green",
 }
 ESTIMATES = {
     "analytic": "by formula, from the configuration",
@@ -148,8 +147,7 @@ def advice(target: str, found: Sequence[Advice]) -> None:
     console.print(Text(f"what would make it fit {target}, by formula", "bold"))
     rows = Table.grid(padding=(0, 2))
     for one in found:
-        cost = "no slower" if one.slower < 1.005 else f"{one.slower - 1:.0%} slower"
-        rows.add_row("", f"--set {' '.join(one.settings)}", f"{_gib(one.peak)} GiB", cost)
+        rows.add_row("", f"--set {' '.join(one.settings)}", f"{_gib(one.peak)} GiB", one.cost)
     console.print(rows)
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from llmos_jax import opening
-from llmos_jax.compiler.chips import peak_flops
-from llmos_jax.compiler.program import Executable, Program
+from llmos_jax.compiler.chips import peak_flops, usable_bytes
+from llmos_jax.compiler.program import Executable, OutOfMemory, Program
 from llmos_jax.compiler.roofline import train_flops
 from llmos_jax.compiler.watch import CompileWatch
 from llmos_jax.config import RunConfig, UserError
@@ -37,11 +37,22 @@ class Dispatched(NamedTuple):
     data_wait: float  # seconds
 
 
-def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
+class TooLarge(UserError):
+    """A program takes more than a device has. Bytes."""
+
+    def __init__(self, program: str, peak: float, capacity: float):
+        super().__init__(
+            f"the {program} program takes {peak / 2**30:,.1f} GiB of a device, and there are {capacity / 2**30:,.1f}; "
+            "make it smaller, or try all the same with --force"
+        )
+        self.peak, self.capacity = peak, capacity
+
+
+def train(run: Run, stop_at: int | None = None, force: bool = False) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint where there is one. Returns a summary.
 
     A stop signal, or reaching step `stop_at`, saves and returns with "stopped" set. Raises UserError where the run
-    cannot go on.
+    cannot go on, TooLarge before anything is allocated where a program does not fit; `force` tries then too.
     """
     metrics = Metrics(run.workdir, run.config.train.steps, run.config.log, is_primary())
     try:
@@ -49,7 +60,7 @@ def train(run: Run, stop_at: int | None = None) -> dict[str, Any]:
             run.workdir, run.config.checkpoint, lambda kind, step, **details: metrics.event(step, kind, **details)
         )
         with StopSignal() as signal, _watchdog(run, metrics) as watchdog:
-            loop = Loop(run, metrics, checkpoints, signal, watchdog)
+            loop = Loop(run, metrics, checkpoints, signal, watchdog, force)
             try:
                 return loop.run(stop_at)
             finally:
@@ -78,10 +89,18 @@ def _watchdog(run: Run, metrics: Metrics) -> Watchdog:
 class Loop:
     """One process's part of a run. What changes with a step is `state`, `step` and the place in the data."""
 
-    def __init__(self, run: Run, metrics: Metrics, checkpoints: Checkpoints, signal: StopSignal, watchdog: Watchdog):
+    def __init__(
+        self,
+        run: Run,
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+        signal: StopSignal,
+        watchdog: Watchdog,
+        force: bool = False,
+    ):
         self.workdir, self.mesh, self.data, self.config = run.workdir, run.mesh, run.data, run.config
         self.rows, self.metrics, self.checkpoints = run.rows, metrics, checkpoints
-        self.signal, self.watchdog = signal, watchdog
+        self.signal, self.watchdog, self.force = signal, watchdog, force
         self.rewinds = 0
         self.last_eval: dict[str, Any] = {}
         self.window = Window(run.config)
@@ -125,18 +144,18 @@ class Loop:
         self.checkpoints.close()
 
     def _compile(self, program: Program) -> Executable:
-        executable = program.compile()
+        """Nothing is allocated yet: what does not fit is refused here, unless the run was told to try."""
+        capacity = usable_bytes(jax.local_devices()[0])
+        try:
+            executable = program.compile()
+        except OutOfMemory as error:
+            raise TooLarge(program.name, error.temporaries, capacity) from error
         self.metrics.event(
             0, "compiled", program=program.name, seconds=round(executable.compile_seconds, 2),
             peak_bytes=executable.peak_bytes, cached=executable.from_cache,
         )  # fmt: skip
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        if limit and executable.peak_bytes > limit:
-            raise UserError(
-                f"the {program.name} program takes {executable.peak_bytes / 2**30:.1f} GiB a device, and there are "
-                f"{limit / 2**30:.1f}; use a smaller train.batch_size, more train.accumulate, model.remat=full "
-                "or a larger mesh.fsdp"
-            )
+        if 0 < capacity < executable.peak_bytes and not self.force:
+            raise TooLarge(program.name, executable.peak_bytes, capacity)
         return executable
 
     def _recompiled(self, name: str, seconds: float) -> None:
