@@ -24,6 +24,7 @@ ALLOWED = {
     "data": FOUNDATION | {"runtime"},
     "opening": LIBRARY,
     "train": LIBRARY | {"opening"},
+    "plan": LIBRARY | {"opening", "train"},
     "serve": LIBRARY | {"opening"},
     "compress": LIBRARY | {"opening"},
 }

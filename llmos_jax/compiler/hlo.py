@@ -143,6 +143,15 @@ class Module:
     tables: dict[str, dict[int, str]] = field(repr=False, default_factory=dict)
 
     @functools.cached_property
+    def named(self) -> dict[str, Instruction]:
+        """Every instruction; their names are unique in a module."""
+        return {
+            name: found
+            for computation in self.computations.values()
+            for name, found in computation.instructions.items()
+        }
+
+    @functools.cached_property
     def num_devices(self) -> int:
         sizes = (re.search(rf"{key}=(\d+)", self.header) for key in ("num_partitions", "replica_count"))
         return math.prod(int(found[1]) for found in sizes if found)

@@ -138,9 +138,19 @@ def inner_collective(module: Module, instruction: Instruction) -> tuple[Computat
     return None
 
 
+def _on_sparse_core(module: Module, update: Instruction) -> tuple[Computation, Instruction] | None:
+    """The collective of a "custom-call-update": what its start has prepared, and it sets going (libtpu 0.0.52)."""
+    start = module.named.get(update.operands[0]) if update.opcode == "custom-call-update" else None
+    return inner_collective(module, start) if start else None
+
+
 def role(module: Module, instruction: Instruction) -> str | None:
     """ "sync", "start", "carry" (computes while a collective runs through it) or "done"; None: no collective."""
     opcode = instruction.opcode
+    if opcode == "custom-call-update":
+        return "start" if _on_sparse_core(module, instruction) else None
+    if opcode == "custom-call-done":
+        return "done" if _on_sparse_core(module, module.named[instruction.operands[0]]) else None
     if opcode.endswith("-done"):
         is_collective = base_kind(opcode.removesuffix("-done")) is not None
         return "done" if is_collective or opcode == "async-done" else None
@@ -164,7 +174,9 @@ def collective(module: Module, where: Computation, instruction: Instruction) -> 
     part = role(module, instruction)
     if part not in ("sync", "start"):
         return None
-    home, inner = (where, instruction) if base_kind(instruction.opcode) else inner_collective(module, instruction)  # type: ignore[misc]
+    home, inner = where, instruction
+    if not base_kind(instruction.opcode):
+        home, inner = _on_sparse_core(module, instruction) or inner_collective(module, instruction)  # type: ignore[misc]
     kind = base_kind(inner.opcode) or ""
     groups = replica_groups(inner, module.num_devices)
     # The TPU compiler folds conversions into an all-reduce: what travels has the result's type.
