@@ -1,7 +1,8 @@
 """Generation: a compiled prefill, a compiled decode step, and a KV cache that both write in place."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, UserError
 from llmos_jax.models.attention import Cache
-from llmos_jax.models.decoder import Params, Unstacked, bind
-from llmos_jax.sharding import replicated, sharding
+from llmos_jax.models.decoder import Params, Unstacked, abstract_params, bind, logical_dims
+from llmos_jax.sharding import RULES, replicated, sharding
 
 SMALLEST_BUCKET = 32
 
@@ -66,8 +67,8 @@ class Generator:
         started = time.perf_counter()
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(prompt)] = prompt
-        draw = (np.float32(temperature), np.uint32(seed))
-        token, cache = prefill(self._params, tokens, np.int32(len(prompt)), *draw)
+        draw = (np.array([temperature], np.float32), np.array([seed], np.uint32))
+        token, cache = prefill(self._params, tokens, np.array([len(prompt)], np.int32), *draw)
         step = int(np.asarray(token)[0, 0])
         self.timings["prefill"] = time.perf_counter() - started
         for position in range(len(prompt), len(prompt) + max_tokens):
@@ -78,7 +79,7 @@ class Generator:
             if position + 1 == len(prompt) + max_tokens:
                 return
             started = time.perf_counter()
-            token, cache = decode(self._params, token, np.int32(position), cache, *draw)
+            token, cache = decode(self._params, token, np.array([position], np.int32), cache, *draw)
             step = int(np.asarray(token)[0, 0])
             self.timings["decode"] += time.perf_counter() - started
 
@@ -90,8 +91,12 @@ class Generator:
 
     def _program(self, kind: str, length: int, size: int) -> Executable:
         if (kind, length, size) not in self._programs:
-            build: Callable[..., Program] = prefill_program if kind == "prefill" else decode_program
-            executable = build(self._model, self._mesh, _abstract(self._params), length, size).compile()
+            params = _abstract(self._params)
+            if kind == "prefill":
+                program = prefill_program(self._model, self._mesh, params, 1, length, size)
+            else:
+                program = decode_program(self._model, self._mesh, params, 1, size)
+            executable = program.compile()
             self.timings["compile"] += executable.compile_seconds
             self._programs[kind, length, size] = executable
         return self._programs[kind, length, size]
@@ -113,63 +118,90 @@ def _abstract(params):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
 
 
-def _empty_cache(model: ModelConfig, size: int) -> tuple[Cache, ...]:
-    shape = (1, size, model.num_kv_heads, model.head_dim)
+def abstract_serving_params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Parameters in the dtype of computation, each layer's as arrays of their own: nothing is sliced out of a stack."""
+    names = logical_dims(model)
+
+    def of(path: str, shape: tuple[int, ...]) -> Any:
+        if not path.startswith("segments."):
+            return _abstract_array(mesh, shape, model.dtype, names[path])
+        return (_abstract_array(mesh, shape[1:], model.dtype, names[path][1:]),) * shape[0]
+
+    return {path: of(path, leaf.shape) for path, leaf in abstract_params(model).items()}
+
+
+def _abstract_array(mesh: Mesh, shape: tuple[int, ...], dtype, logical: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, logical))
+
+
+def _rows(mesh: Mesh, batch: int) -> str | None:
+    """The name of the dimension of sequences: split where the mesh divides it."""
+    return "batch" if batch % math.prod(mesh.shape[axis] for axis in RULES["batch"]) == 0 else None
+
+
+def _empty_cache(model: ModelConfig, batch: int, size: int) -> tuple[Cache, ...]:
+    shape = (batch, size, model.num_kv_heads, model.head_dim)
     return tuple(Cache(*(jnp.zeros(shape, model.dtype) for _ in range(2))) for _ in range(model.num_layers))
 
 
-def _abstract_cache(model: ModelConfig, mesh: Mesh, size: int) -> tuple[Any, ...]:
-    place = sharding(mesh, (None, None, "kv_heads", None))
-    shape = (1, size, model.num_kv_heads, model.head_dim)
-    layer: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=place)
+def _abstract_cache(model: ModelConfig, mesh: Mesh, batch: int, size: int) -> tuple[Any, ...]:
+    shape = (batch, size, model.num_kv_heads, model.head_dim)
+    layer: Any = _abstract_array(mesh, shape, model.dtype, (_rows(mesh, batch), None, "kv_heads", None))
     return (Cache(layer, layer),) * model.num_layers
 
 
-def _scalars(mesh: Mesh, *dtypes) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in dtypes]
+def _vectors(mesh: Mesh, batch: int, *dtypes) -> list[jax.ShapeDtypeStruct]:
+    return [_abstract_array(mesh, (batch,), dtype, (_rows(mesh, batch),)) for dtype in dtypes]
 
 
-def _choose(logits: Float[Array, "B V"], temperature, seed, position) -> Int[Array, "B 1"]:
-    """The next token. The draw depends on seed and position alone."""
+def _places(model: ModelConfig, mesh: Mesh, batch: int, size: int):
+    cache = _abstract_cache(model, mesh, batch, size)
+    return sharding(mesh, (_rows(mesh, batch), None)), jax.tree.map(lambda x: x.sharding, cache)
+
+
+@jax.vmap
+def _choose(logits: Float[Array, "V"], temperature, seed, position) -> Int[Array, "1"]:
+    """The next token of each sequence. The draw depends on its seed and position alone."""
     key = jax.random.fold_in(jax.random.key(seed), position)
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))[:, None].astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))[None].astype(jnp.int32)
 
 
-def prefill_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
-    """(params, tokens [1, length], prompt length, temperature, seed) -> (first token [1, 1], cache of `size` tokens)."""
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
-    args = (params, tokens, *_scalars(mesh, jnp.int32, jnp.float32, jnp.uint32))
-    return Program("prefill", prefill, (model, size), args, mesh, out_shardings=_places(model, mesh, size))
+def prefill_program(model: ModelConfig, mesh: Mesh, params, batch: int, length: int, size: int) -> Program:
+    """(params, tokens [B, T], prompt lengths [B], temperatures [B], seeds [B]) -> (first tokens [B, 1], cache).
+
+    length: T, to which prompts are filled up. size: tokens that the cache has room for, of each of the B sequences.
+    """
+    tokens = _abstract_array(mesh, (batch, length), jnp.int32, (_rows(mesh, batch), None))
+    args = (params, tokens, *_vectors(mesh, batch, jnp.int32, jnp.float32, jnp.uint32))
+    return Program("prefill", prefill, (model, size), args, mesh, out_shardings=_places(model, mesh, batch, size))
 
 
-def prefill(model: ModelConfig, size: int, params, tokens, prompt_length, temperature, seed):
+def prefill(model: ModelConfig, size: int, params, tokens, prompt_lengths, temperature, seed):
+    decoder, batch = bind(model, params), tokens.shape[0]
+    output = decoder(tokens, cache=_empty_cache(model, batch, size), offset=jnp.zeros((batch,), jnp.int32))
+    last = jnp.take_along_axis(output.hidden, (prompt_lengths - 1)[:, None, None], axis=1)
+    return _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_lengths), output.cache
+
+
+def decode_program(model: ModelConfig, mesh: Mesh, params, batch: int, size: int) -> Program:
+    """(params, tokens [B, 1], their positions [B], cache, temperatures [B], seeds [B]) -> (next tokens [B, 1], cache).
+
+    The cache is written in place.
+    """
+    tokens = _abstract_array(mesh, (batch, 1), jnp.int32, (_rows(mesh, batch), None))
+    cache, draw = _abstract_cache(model, mesh, batch, size), _vectors(mesh, batch, jnp.float32, jnp.uint32)
+    args = (params, tokens, *_vectors(mesh, batch, jnp.int32), cache, *draw)
+    return Program("decode", decode, (model,), args, mesh, donate=(3,), out_shardings=_places(model, mesh, batch, size))
+
+
+def decode(model: ModelConfig, params, tokens, positions, cache, temperature, seed):
     decoder = bind(model, params)
-    output = decoder(tokens, cache=_empty_cache(model, size), offset=jnp.zeros((1,), jnp.int32))
-    last = jax.lax.dynamic_slice_in_dim(output.hidden, prompt_length - 1, 1, axis=1)
-    token = _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_length)
-    return token, output.cache
-
-
-def decode_program(model: ModelConfig, mesh: Mesh, params, length: int, size: int) -> Program:
-    """(params, token [1, 1], its position, cache, temperature, seed) -> (next token [1, 1], cache)."""
-    abstract = _abstract_cache(model, mesh, size)
-    token = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=replicated(mesh))
-    args = (params, token, *_scalars(mesh, jnp.int32), abstract, *_scalars(mesh, jnp.float32, jnp.uint32))
-    return Program("decode", decode, (model,), args, mesh, donate=(3,), out_shardings=_places(model, mesh, size))
-
-
-def decode(model: ModelConfig, params, token, position, cache, temperature, seed):
-    decoder = bind(model, params)
-    output = decoder(token, cache=cache, offset=position[None])
-    return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, position + 1), output.cache
+    output = decoder(tokens, cache=cache, offset=positions)
+    return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, positions + 1), output.cache
 
 
 def score(model: ModelConfig, params, tokens):
     decoder = bind(model, params)
-    cache = _empty_cache(model, tokens.shape[1])
+    cache = _empty_cache(model, 1, tokens.shape[1])
     return decoder.logits(decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]
-
-
-def _places(model: ModelConfig, mesh: Mesh, size: int):
-    return replicated(mesh), jax.tree.map(lambda x: x.sharding, _abstract_cache(model, mesh, size))

@@ -9,7 +9,13 @@ import pytest
 
 from llmos_jax.config import MeshConfig, ModelConfig, RopeConfig, UserError
 from llmos_jax.models.decoder import abstract_params, forward_logits
-from llmos_jax.models.generate import Generator, bucket
+from llmos_jax.models.generate import (
+    Generator,
+    abstract_serving_params,
+    bucket,
+    decode_program,
+    prefill_program,
+)
 from llmos_jax.sharding import make_mesh
 from tests import tiny
 
@@ -179,3 +185,35 @@ def test_few_programs_serve_every_length():
         list(once([1] * length, 2))
     assert len(once._programs) == 2
     assert [bucket(n, 100) for n in (1, 32, 33, 64, 65, 100)] == [32, 32, 64, 64, 100, 100]
+
+
+def test_a_batch_of_prompts_gives_what_each_gives_alone():
+    """Different lengths, temperatures and seeds side by side, over a mesh that splits sequences and heads."""
+    model, mesh = model_of("dense"), make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    params = jax.device_put(tiny.params(model), {k: v.sharding for k, v in abstract_params(model, mesh).items()})
+    prompts, draws = [PROMPT, PROMPT[:3], PROMPT[2:], [9]], [(0.0, 0), (1.0, 5), (0.7, 6), (0.0, 1)]
+    alone = [
+        list(generator()(prompt, 6, temperature=temperature, seed=seed))
+        for prompt, (temperature, seed) in zip(prompts, draws, strict=True)
+    ]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    prefill = prefill_program(model, mesh, shapes, 4, 8, 16).compile()
+    decode = decode_program(model, mesh, shapes, 4, 16).compile()
+    rows = np.zeros((4, 8), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    temperature, seed = np.array([d[0] for d in draws], np.float32), np.array([d[1] for d in draws], np.uint32)
+    tokens, cache = prefill(params, rows, lengths, temperature, seed)
+    found = [np.asarray(tokens)]
+    for step in range(5):
+        tokens, cache = decode(params, tokens, lengths + np.int32(step), cache, temperature, seed)
+        found.append(np.asarray(tokens))
+    assert np.concatenate(found, axis=1).tolist() == alone
+
+
+def test_the_cache_is_written_in_place():
+    model, mesh = model_of("dense"), tiny.mesh(data=1)
+    decode = decode_program(model, mesh, abstract_serving_params(model, mesh), 2, 64).compile()
+    cache = 2 * model.num_layers * 2 * 64 * model.num_kv_heads * model.head_dim * 4
+    assert decode.memory.alias >= cache
