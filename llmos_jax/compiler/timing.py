@@ -21,15 +21,16 @@ from llmos_jax.compiler.interconnect import AxisLinks
 MEMORY_SHARE = 0.85  # of HBM bandwidth that long reads and writes reach (arXiv:2604.15464 measures 86 % in decode)
 Axes = tuple[str, ...]
 HOST_LINK: Axes = ("host",)
+HBM_LINK: Axes = ("HBM",)  # copies from HBM that were started ahead of their use
 
 
 @dataclass
 class Timing:
     """Seconds of one execution on one device.
 
-    core: the core is busy. busy: a link is, by mesh axes ("host": copies to and from the host's memory). exposed: the
-    part of it that the core waits for. cycles: the compiler's own estimate alone, in seconds, of the instructions that
-    have one; uncounted: how many instructions were timed by a formula instead, by name.
+    core: the core is busy. busy: a link is, by mesh axes ("host": copies to and from the host's memory, "HBM": copies
+    onto the chip). exposed: the part of it that the core waits for. cycles: the compiler's own estimate alone, in
+    seconds, of the instructions that have one; uncounted: how many instructions were timed by a formula, by name.
     """
 
     seconds: float = 0.0
@@ -98,11 +99,11 @@ class _Player:
                 running[step.name] = (axes, free[axes])
                 if step.kind == "collective":
                     self._wait(total, *running.pop(step.name))
-            elif step.kind == "copy-start" and self._meets_host(step):
-                seconds = step.bytes / self.chip.host_bandwidth if self.chip.host_bandwidth else 0.0
-                total.busy[HOST_LINK] = total.busy.get(HOST_LINK, 0.0) + seconds
-                free[HOST_LINK] = max(total.seconds, free.get(HOST_LINK, 0.0)) + seconds
-                running[step.name] = (HOST_LINK, free[HOST_LINK])
+            elif step.kind == "copy-start":
+                link, seconds = self._copy_seconds(step)
+                total.busy[link] = total.busy.get(link, 0.0) + seconds
+                free[link] = max(total.seconds, free.get(link, 0.0)) + seconds
+                running[step.name] = (link, free[link])
             elif step.kind in ("collective-done", "copy-done"):
                 if step.start in running:
                     self._wait(total, *running.pop(step.start))
@@ -159,8 +160,12 @@ class _Player:
                 size /= self.mesh_shape[axis]
         return axes, seconds
 
-    def _meets_host(self, step: Step) -> bool:
-        return any(shape.space == HOST for shape in step.instruction.shapes)
+    def _copy_seconds(self, step: Step) -> tuple[Axes, float]:
+        """Between the host and the device, or between HBM and what is on the chip: ahead of time, by engines of its own."""
+        if any(shape.space == HOST for shape in step.instruction.shapes):
+            return HOST_LINK, step.bytes / self.chip.host_bandwidth if self.chip.host_bandwidth else 0.0
+        rate = self.chip.memory_bandwidth * (1.0 if self.roofline else MEMORY_SHARE)
+        return HBM_LINK, step.bytes / rate if rate else 0.0
 
 
 def _jax_name(dtype: str) -> str:

@@ -110,7 +110,9 @@ def _attend(config: ModelConfig, options: dict, sequence: str | None, x, rope, s
 def _attend_cached(config: ModelConfig, options: dict, sequence: str | None, x, rope, cache, offset, w: dict[str, Any]):
     q, k, v = _project_in(config, gather_tokens(x, sequence), rope, w)
     cache = Cache(_write(cache.k, k, offset), _write(cache.v, v, offset))
-    out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, **options)
+    # One query a sequence only reads the cache: a kernel would have all of it laid out anew first.
+    wanted = "xla" if q.shape[1] == 1 else None
+    out = pallas_kernels.attention(q, cache.k, cache.v, q_offset=offset, implementation=wanted, **options)
     return _project_out(out, sequence, w), cache
 
 
@@ -133,5 +135,9 @@ def _project_out(out: Float[Array, "B T N H"], sequence: str | None, w: dict[str
 
 
 def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], offset: Int[Array, "B"]):
-    write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, 0, 0)))
-    return write(cache, new.astype(cache.dtype), offset)
+    new, sequences = new.astype(cache.dtype), jnp.arange(new.shape[0])
+    if new.shape[1] > 1:
+        return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, 0, 0)))(cache, new, offset)
+    # Of one token a sequence the compiler makes a loop over the sequences, unless it knows that they do not meet.
+    hints = {"unique_indices": True, "indices_are_sorted": True, "mode": "promise_in_bounds"}
+    return cache.at[sequences, offset].set(new[:, 0], **hints)
