@@ -211,6 +211,8 @@ def _traffic(total: hlo_cost.Cost, mesh: Mapping[str, int]) -> list[Traffic]:
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
     for found, number in total.collectives:
         axes = found.axes(mesh)
+        if axes == ():  # a device alone
+            continue
         row = sums[found.kind, "+".join(axes) if axes is not None else "some devices"]
         row[0] += number
         row[1] += found.bytes * number

@@ -139,5 +139,5 @@ def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], offset:
     if new.shape[1] > 1:
         return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, 0, 0)))(cache, new, offset)
     # Of one token a sequence the compiler makes a loop over the sequences, unless it knows that they do not meet.
-    hints = {"unique_indices": True, "indices_are_sorted": True, "mode": "promise_in_bounds"}
-    return cache.at[sequences, offset].set(new[:, 0], **hints)
+    place = cache.at[sequences, offset]
+    return place.set(new[:, 0], unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")

@@ -4,8 +4,12 @@ log-sum-exp (arXiv:2205.14135, algorithm 4).
 A step of the grid has a block of keys; it goes through the queries that see them. Queries, their cotangents and the
 float32 sum of their gradient stay in VMEM for a whole head, so every gradient is summed in a fixed order. Scores stand
 transposed, keys in rows: what belongs to a query is then a row, which broadcasts for free, and the gradient of the
-queries, summed transposed too, needs no transpose of the scores. Long sequences of queries
-are taken in parts whose sums are added afterwards.
+queries, summed transposed too, needs no transpose of the scores. Long sequences of queries are taken in parts whose
+sums are added afterwards.
+
+Query heads that share a key head follow each other, and the float32 sums of the gradients of its keys stay in VMEM
+until the last of them has been added. Where those of all keys do not fit, every query head writes its own. The heads of
+a group then have an axis in front of the positions: whole arrays are added, and nothing changes its layout.
 """
 
 import functools
@@ -13,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -34,15 +38,31 @@ def candidates(head_dim: int, num_queries: int, num_keys: int, itemsize: int, vm
     """Sizes that fit, best first: long bodies hide the matrix unit's latency, all queries held save sums of parts."""
     head_dim, fitting = round_up(head_dim, LANES), []
     for q, kv in common.body_sizes(num_queries, num_keys, itemsize):
-        scores = 4 * q * kv * 4
-        keys = kv * head_dim * (4 * itemsize + 6 * 4)
-        room = int(0.85 * vmem) - scores - keys
-        of_query = head_dim * (6 * itemsize + 4) + 2 * 2 * 8 * 4  # rows of one use eight sublanes
-        held = min(room // of_query // q * q, round_up(num_queries, q))
+        room = _room(BackwardBlocks(q, kv, 0), head_dim, itemsize, vmem)
+        held = min(room // _of_query(head_dim, itemsize) // q * q, round_up(num_queries, q))
         if held >= q:
             parts = -(-round_up(num_queries, q) // held)
             fitting.append(BackwardBlocks(q, kv, round_up(-(-num_queries // parts), q)))
     return list(dict.fromkeys(fitting))
+
+
+def sums_group(size: BackwardBlocks, group: int, head_dim: int, num_keys: int, itemsize: int, vmem: int) -> bool:
+    """Whether the heads of a group add to common sums of dk and dv: VMEM has room for those of all keys."""
+    head_dim = round_up(head_dim, LANES)
+    sums = 2 * round_up(num_keys, size.kv) * head_dim * 4
+    return group > 1 and sums <= _room(size, head_dim, itemsize, vmem)
+
+
+def _room(size: BackwardBlocks, head_dim: int, itemsize: int, vmem: int) -> int:
+    """Bytes of VMEM left beside a step's scores and keys and the queries held."""
+    scores = 4 * size.q * size.kv * 4
+    keys = size.kv * head_dim * (4 * itemsize + 6 * 4)
+    return int(0.85 * vmem) - scores - keys - size.q_held * _of_query(head_dim, itemsize)
+
+
+def _of_query(head_dim: int, itemsize: int) -> int:
+    """Bytes of VMEM for a query held."""
+    return head_dim * (6 * itemsize + 4) + 2 * 2 * 8 * 4  # rows of one use eight sublanes
 
 
 def backward(options: Options, q, k, v, slopes, offsets, segments, d_out, lse, delta) -> tuple[Array, Array, Array]:
@@ -51,42 +71,49 @@ def backward(options: Options, q, k, v, slopes, offsets, segments, d_out, lse, d
     key = {"head_dim": round_up(head_dim, LANES), "dtype": q.dtype.name, "queries": num_queries, "keys": num_keys}
     sizes = candidates(head_dim, num_queries, num_keys, q.dtype.itemsize, common.vmem_capacity())
     size = blocks.pick("attention.backward", key, sizes)
+    grouped = sums_group(size, options.group, head_dim, num_keys, q.dtype.itemsize, common.vmem_capacity())
+    whole = size.q_held >= num_queries and (grouped or options.group == 1)  # the kernel's sums are the gradients
     parts = []
     for start in range(0, num_queries, size.q_held):
         part = slice(start, start + size.q_held)
         ids = (segments[0][:, part], segments[1]) if options.segments else segments
         rows = lse[:, :, part], delta[:, :, part]
-        dtype = k.dtype if options.group == 1 and size.q_held >= num_queries else jnp.float32
+        dtype = k.dtype if whole else jnp.float32
         share = options._replace(pairs=options.pairs * q[:, part].shape[1] // num_queries)
-        parts.append(_part(share, size, dtype, q[:, part], k, v, slopes, offsets + start, ids, d_out[:, part], *rows))
+        arrays = q[:, part], k, v, slopes, offsets + start, ids, d_out[:, part], *rows
+        parts.append(_part(share, size, grouped, dtype, *arrays))
     dq = jnp.concatenate([part[0] for part in parts], axis=1)
-    dk, dv = (functools.reduce(jnp.add, [part[at] for part in parts]) for at in (1, 2))
 
-    def of_keys(x):  # summed over the query heads of a key head
-        x = x.reshape(*x.shape[:2], k.shape[2], options.group, -1)
-        return x.sum(axis=3, dtype=jnp.float32)[:, :num_keys, :, :head_dim].astype(k.dtype)
+    def of_keys(at):  # summed over the parts and over what the kernel left of the group
+        summands = [part[at][:, g] for part in parts for g in range(part[at].shape[1])]
+        return common.unpadded_heads(functools.reduce(jnp.add, summands).astype(k.dtype), k)
 
-    return dq, of_keys(dk), of_keys(dv)
+    return dq, of_keys(1), of_keys(2)
 
 
-def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, offsets, segments, d_out, lse, delta):
-    """Of a part of the queries: dq, and dk and dv [B, S', N * H'] of each query head."""
+def _part(
+    options: Options, size: BackwardBlocks, grouped, d_kv_dtype, q, k, v, slopes, offsets, segments, d_out, lse, delta
+):
+    """Of a part of the queries: dq, and dk and dv [B, 1 if grouped else group, S', K * H']."""
     batch, num_queries, num_heads, true_head_dim = q.shape
     num_keys, head_dim = k.shape[1], round_up(true_head_dim, LANES)
     q_length, kv_length = round_up(num_queries, size.q), round_up(num_keys, size.kv)
     num_q, num_kv = q_length // size.q, kv_length // size.kv
+    group, num_kv_heads = options.group, k.shape[2]
 
-    def of_q(b, h, j, *_):
-        return b, 0, h
+    def of_q(b, h, g, j, *_):
+        return b, 0, h * group + g
 
-    def of_rows(b, h, j, *_):
-        return b, h, 0, 0, 0
+    def of_rows(b, h, g, j, *_):
+        return b, h * group + g, 0, 0, 0
 
-    def of_kv(b, h, j, *_):
-        return b, j, lax.div(h, jnp.int32(options.group))
-
-    def of_d_kv(b, h, j, *_):
+    def of_kv(b, h, g, j, *_):
         return b, j, h
+
+    def of_d_kv(b, h, g, j, *_):
+        if grouped:  # until the last head has the sums the block stays the same, so that nothing is written
+            return b, 0, jnp.where(g == group - 1, j, 0), h
+        return b, g, j, h
 
     k_padded = common.padded_heads(k, kv_length)
     arrays = [
@@ -113,38 +140,35 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
             common.rows(segments[1], kv_length, size.kv, -2),
         ]
         in_specs += [
-            pl.BlockSpec((1, num_q, 1, size.q), lambda b, h, j, *_: (b, 0, 0, 0)),
-            pl.BlockSpec((1, 1, 1, size.kv), lambda b, h, j, *_: (b, j, 0, 0)),
+            pl.BlockSpec((1, num_q, 1, size.q), lambda b, h, g, j, *_: (b, 0, 0, 0)),
+            pl.BlockSpec((1, 1, 1, size.kv), lambda b, h, g, j, *_: (b, j, 0, 0)),
         ]
     scalars = [offsets, slopes * LOG2_E]
     if options.segments:
         scalars += [common.ranges(segments[0], q_length, size.q), common.ranges(segments[1], kv_length, size.kv)]
     out_shape = [
         jax.ShapeDtypeStruct((batch, q_length, num_heads * head_dim), q.dtype),
-        jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
-        jax.ShapeDtypeStruct((batch, kv_length, num_heads * head_dim), d_kv_dtype),
+        *[jax.ShapeDtypeStruct((batch, 1 if grouped else group, kv_length, num_kv_heads * head_dim), d_kv_dtype)] * 2,
     ]
     dq, dk, dv = pl.pallas_call(
-        functools.partial(_kernel, options, size, num_q, num_kv),
+        functools.partial(_kernel, options, size, grouped, num_q, num_kv),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, num_heads, num_kv),
+            grid=(batch, num_kv_heads, group, num_kv),
             in_specs=in_specs,
             out_specs=[
                 pl.BlockSpec((1, q_length, head_dim), of_q),
-                pl.BlockSpec((1, size.kv, head_dim), of_d_kv),
-                pl.BlockSpec((1, size.kv, head_dim), of_d_kv),
+                *[pl.BlockSpec((1, 1, size.kv, head_dim), of_d_kv)] * 2,
             ],
             scratch_shapes=[
                 pltpu.VMEM((num_q, head_dim, size.q), jnp.float32),
-                pltpu.VMEM((size.kv, head_dim), jnp.float32),
-                pltpu.VMEM((size.kv, head_dim), jnp.float32),
+                *[pltpu.VMEM((num_kv if grouped else 1, size.kv, head_dim), jnp.float32)] * 2,
             ],
         ),
         out_shape=out_shape,
         cost_estimate=common.cost(options, 5, q, *arrays, *out_shape),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary" if grouped else "parallel", "arbitrary"),
             vmem_limit_bytes=int(0.95 * common.vmem_capacity()),
         ),
         interpret=common.interpret(),
@@ -153,15 +177,20 @@ def _part(options: Options, size: BackwardBlocks, d_kv_dtype, q, k, v, slopes, o
     return common.unpadded_heads(dq, q), dk, dv
 
 
-def _kernel(options: Options, size: BackwardBlocks, num_q: int, num_kv: int, offsets, slopes, *refs):
+def _kernel(options: Options, size: BackwardBlocks, grouped: bool, num_q: int, num_kv: int, offsets, slopes, *refs):
     """A block of keys against all queries held that see it; the queries' gradient is written with the last block."""
-    b, h, j = (pl.program_id(axis) for axis in range(3))
+    b, kv_head, g, j = (pl.program_id(axis) for axis in range(4))
+    h = kv_head * options.group + g
     ranges, refs = (refs[:2], refs[2:]) if options.segments else ((), refs)
     inputs = refs[: 9 if options.segments else 7]
     dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum = refs[len(inputs) :]
+    dk_sum, dv_sum = (x.at[j if grouped else 0] for x in (dk_sum, dv_sum))
     sums = dq_sum, dk_sum, dv_sum
-    dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
-    dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
+
+    @pl.when(g == 0 if grouped else True)
+    def _():
+        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
+        dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
 
     @pl.when(j == 0)
     def _():
@@ -187,8 +216,10 @@ def _kernel(options: Options, size: BackwardBlocks, num_q: int, num_kv: int, off
     if not options.segments:
         pl.loop(visible.full_first, visible.full_last)(functools.partial(body, masked=False))
 
-    dk_ref[0] = (dk_sum[...] * options.dk_factor).astype(dk_ref.dtype)
-    dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
+    @pl.when(g == options.group - 1 if grouped else True)
+    def _():
+        dk_ref[0, 0] = (dk_sum[...] * options.dk_factor).astype(dk_ref.dtype)
+        dv_ref[0, 0] = dv_sum[...].astype(dv_ref.dtype)
 
     @pl.when(j == num_kv - 1)
     def _():

@@ -132,6 +132,33 @@ def test_masks_and_shapes(case):
     check(case)
 
 
+@pytest.mark.parametrize("vmem", [2**26, 2**18], ids=["summed_in_vmem", "summed_afterwards"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=2, kv_heads=2, group=3, queries=200, keys=300, start=100),  # several blocks of keys, one of queries
+        Case(kv_heads=2, group=4, queries=384, keys=384),  # two parts of the queries
+        Case(kv_heads=2, group=2, queries=300, keys=100, causal=False),  # one block of keys
+        Case(kv_heads=2, group=2, segments=True, alibi=True, window=200, head_dim=136),
+    ],
+)
+def test_groups_of_query_heads(monkeypatch, case, vmem):
+    monkeypatch.setattr(tpu_common, "vmem_capacity", lambda: vmem)
+    assert tpu_backward.sums_group(BACKWARD, case.group, case.head_dim, case.keys, 4, vmem) == (vmem == 2**26)
+    check(case)
+
+
+def test_summed_in_vmem_as_long_as_it_has_room():
+    """By hand, in bytes: 2 * 1024 * 128 * 4 = 2**20 for 1024 keys, and room for 71.8 times as many.
+
+    0.85 * 2**27 - 4 * 1024**2 * 4 (scores) - 1024 * 128 * 32 (keys) - 8192 * (128 * 16 + 128) (queries) = 75,287,756
+    """
+    size = tpu_backward.BackwardBlocks(1024, 1024, 8192)
+    assert tpu_backward.sums_group(size, 4, 128, 71 * 1024, 2, 2**27)
+    assert not tpu_backward.sums_group(size, 4, 128, 71 * 1024 + 1, 2, 2**27)
+    assert not tpu_backward.sums_group(size, 1, 128, 1024, 2, 2**27)  # nothing to be added up
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_two_blocks_of_segments_have_in_common(seed):
     rng = np.random.default_rng(seed)
@@ -168,7 +195,7 @@ def test_any_mask(case):
     check(case)
 
 
-@pytest.mark.parametrize("case", [Case(queries=200, keys=300, start=100), Case(window=70, segments=True)])
+@pytest.mark.parametrize("case", [Case(queries=200, keys=300, start=100, group=2), Case(window=70, segments=True)])
 def test_no_races_and_nothing_uninitialised(monkeypatch, case):
     checked = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     monkeypatch.setattr(tpu_common, "interpret", lambda: checked)
