@@ -227,6 +227,7 @@ def test_gpus_behind_a_switch():
 # Described devices.
 
 
+@pytest.mark.described
 @needs_libtpu
 @pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x2", "v6e:1x1", "tpu7x:2x2x1", "2*v6e:2x2"])
 def test_described_tpus(text):
@@ -237,6 +238,7 @@ def test_described_tpus(text):
     assert set(target.axis_links(target.mesh(MeshConfig(data=target.num_slices)))) >= {"data", "fsdp", "tensor"}
 
 
+@pytest.mark.described
 @needs_libtpu
 def test_a_mesh_over_slices():
     target = Target.parse("2*v6e:4x4")
@@ -247,6 +249,7 @@ def test_a_mesh_over_slices():
         target.mesh(MeshConfig(data=1, fsdp=1, tensor=32))
 
 
+@pytest.mark.described
 @needs_libtpu
 @unread
 def test_the_options_are_known_to_the_compiler():
@@ -259,6 +262,7 @@ def test_the_options_are_known_to_the_compiler():
     assert "all-gather" in compiled.as_text()
 
 
+@pytest.mark.described
 @needs_libtpu
 @unread
 def test_the_compiler_knows_of_the_rings():
