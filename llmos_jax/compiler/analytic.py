@@ -15,13 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from llmos_jax.compiler.chips import CHIPS, Chip
+from llmos_jax.compiler.chips import CHIPS, MEMORY_SHARE, Chip
 from llmos_jax.compiler.interconnect import AxisLinks
 from llmos_jax.compiler.roofline import Weight, attention_pairs, train_flops, weights
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig, RunConfig, require
 
-MEMORY_SHARE = 0.85  # of HBM bandwidth that long reads and writes reach (arXiv:2604.15464 measures 86 % in decode)
 LOGITS_AT_ONCE = 2**24  # elements of a chunk of logits in the fused loss (pallas_kernels/linear_cross_entropy)
 FACTORED_FROM = 128  # adafactor factors a matrix whose two largest dimensions are at least this (optax)
 BATCH_AXES = ("data", "fsdp", "expert")  # those that hold different sequences

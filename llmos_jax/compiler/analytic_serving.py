@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from llmos_jax.compiler.analytic import BATCH_AXES, LOGITS_AT_ONCE, MEMORY_SHARE, Sizes, itemsize, known, layer_flops
-from llmos_jax.compiler.chips import Chip
+from llmos_jax.compiler.analytic import BATCH_AXES, LOGITS_AT_ONCE, Sizes, itemsize, known, layer_flops
+from llmos_jax.compiler.chips import MEMORY_SHARE, Chip
 from llmos_jax.compiler.interconnect import AxisLinks
 from llmos_jax.compiler.roofline import weights
 from llmos_jax.compiler.target import Target

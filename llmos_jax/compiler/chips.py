@@ -138,6 +138,7 @@ CHIPS: dict[str, Chip] = {
         Chip("cpu", "cpu", "cpu", matmul_share=1.0, attention_share=0.3),
     ]
 }  # fmt: skip
+MEMORY_SHARE = 0.85  # of HBM bandwidth that long reads and writes reach (arXiv:2604.15464 measures 86 % in decode)
 # The die-to-die link of a chip with two devices, in ICI links: "six times faster than a 1D ICI link" (G, tpu7x).
 DIE_LINKS = 6.0
 

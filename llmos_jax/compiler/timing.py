@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmos_jax.compiler.chips import Chip
+from llmos_jax.compiler.chips import MEMORY_SHARE, Chip
 from llmos_jax.compiler.hlo import HOST, Computation, Module
 from llmos_jax.compiler.hlo_cost import Step, schedule
 from llmos_jax.compiler.interconnect import AxisLinks
 
-MEMORY_SHARE = 0.85  # of HBM bandwidth that long reads and writes reach (arXiv:2604.15464 measures 86 % in decode)
 Axes = tuple[str, ...]
 HOST_LINK: Axes = ("host",)
 HBM_LINK: Axes = ("HBM",)  # copies from HBM that were started ahead of their use

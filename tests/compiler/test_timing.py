@@ -3,9 +3,9 @@
 import pytest
 
 from llmos_jax.compiler import hlo
-from llmos_jax.compiler.chips import Chip
+from llmos_jax.compiler.chips import MEMORY_SHARE, Chip
 from llmos_jax.compiler.interconnect import AxisLinks, Span
-from llmos_jax.compiler.timing import HBM_LINK, HOST_LINK, MEMORY_SHARE, Timing, timing
+from llmos_jax.compiler.timing import HBM_LINK, HOST_LINK, Timing, timing
 
 MESH = {"data": 2, "fsdp": 2}
 CHIP = Chip(
