@@ -13,8 +13,8 @@ from llmos_jax.config import ModelConfig, UserError, check_model
 from llmos_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from llmos_jax.models.decoder import Params, abstract_params
 from llmos_jax.models.weights import load_model_config, load_weights
+from llmos_jax.models.weights.gguf import open_gguf
 from llmos_jax.runtime import store
-from llmos_jax.runtime.checkpoint import load_params
 from llmos_jax.runtime.workdir import read_file
 
 Progress = Callable[[int, int], None]  # bytes so far, bytes in all
@@ -41,7 +41,8 @@ def find(reference: str) -> Source:
 
 def tokenizer_of(source: Source) -> Tokenizer:
     folder = Path(source.path) / "tokenizer" if source.is_workdir else Path(source.path)
-    tokenizer = load_tokenizer(folder)
+    # A GGUF was read for the configuration already, and is not read again.
+    tokenizer = load_tokenizer(folder, lambda file: open_gguf(file).fields)
     check_fits(tokenizer, source.model)
     return tokenizer
 
@@ -54,6 +55,8 @@ def weights_of(source: Source, model: ModelConfig, mesh: Mesh, progress: Progres
     abstract = abstract_params(model, mesh)
     if not source.is_workdir:
         return load_weights(Path(source.path), model, abstract, progress)
+    from llmos_jax.runtime.checkpoint import load_params  # what reads checkpoints takes long to import
+
     stored = abstract_params(source.model, mesh)
     _, params = load_params(source.path, stored)
     return {path: jax.numpy.asarray(params[path], abstract[path].dtype) for path in abstract}

@@ -6,7 +6,7 @@ One class for a `tokenizer.json`, a SentencePiece model, the tokenizer inside a 
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from llmos_jax.data import json_backend, sentencepiece_backend
 
 END_OF_TEXT = "<|endoftext|>"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+GgufFields = Callable[[Path], Mapping[str, Any]]
 
 
 class Backend(Protocol):
@@ -203,26 +204,28 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Path | str, gguf_fields: GgufFields | None = None) -> Tokenizer:
     """The tokenizer in a model folder, or of a `.gguf`, `tokenizer.json` or SentencePiece `.model` file.
 
+    gguf_fields: gives a GGUF's metadata by key, each value with `contents()`, as `gguf.GGUFReader.fields`, which is
+    the default; that one takes seconds, so whoever has read the file already gives what it found.
     Raises UserError where there is none, or its files are damaged.
     """
-    path = Path(path)
+    path, gguf_fields = Path(path), gguf_fields or _gguf_fields
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).exists():
                 return _from_files(path / name)
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
-            return _from_gguf(files[0])
+            return _from_gguf(files[0], gguf_fields(files[0]))
         raise UserError(
             f"{path} has no tokenizer.json, tokenizer.model or single .gguf; give a folder or file that has"
         )
     if not path.exists():
         raise UserError(f"{path} does not exist; give a model folder, a tokenizer.json, a .model or a .gguf file")
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        return _from_gguf(path, gguf_fields(path))
     if path.suffix in (".json", ".model"):
         return _from_files(path)
     raise UserError(f"{path} is not a tokenizer; give a model folder, a tokenizer.json, a .model or a .gguf file")
@@ -283,14 +286,16 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _from_gguf(path: Path) -> Tokenizer:
+def _gguf_fields(path: Path) -> Mapping[str, Any]:
     import gguf
 
     try:
-        fields = gguf.GGUFReader(path).fields
+        return gguf.GGUFReader(path).fields
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise UserError(f"{path} is not a GGUF file, or is damaged or cut short ({error}); pull it again") from error
 
+
+def _from_gguf(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
     def field(name: str, default: Any = None) -> Any:
         return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else default
 

@@ -94,15 +94,19 @@ def _score(config: RunConfig, target: Target, found: Found, say: Say) -> list[Ca
 
 
 def _different(ranked: list[Candidate]) -> list[Candidate]:
-    """Of one mesh and number of micro-batches at most two remat policies: its fastest, and the fastest that is smaller."""
+    """At most two that are alike up to the remat policy and the split between data and fsdp: the fastest, and the fastest
+    that is smaller. Those two hardly change the time, and compiling ten of a kind would tell nothing."""
     kept: dict[tuple[str, ...], list[Candidate]] = {}
     answer = []
     for one in ranked:
-        same = kept.setdefault(tuple(s for s in one.settings if "remat" not in s), [])
-        if len(same) < 2 and all(one.memory < 0.9 * other.memory for other in same):
-            same.append(one)
+        alike = kept.setdefault(tuple(s for s in one.settings if not s.startswith(_MINOR)), [])
+        if len(alike) < 2 and all(one.memory < 0.9 * other.memory for other in alike):
+            alike.append(one)
             answer.append(one)
     return answer
+
+
+_MINOR = ("mesh.data=", "mesh.fsdp=", "model.remat")
 
 
 def _compile(

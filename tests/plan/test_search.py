@@ -92,9 +92,10 @@ def test_nothing_that_fits_by_far_is_an_error_with_advice():
         search(huge, "configuration.py", [], CPUS, 1, 1)
 
 
-def test_of_one_mesh_few_policies_are_compiled():
-    def one(mesh: int, remat: str, seconds: float, memory: float) -> Candidate:
-        return Candidate((f"mesh.data={mesh}", f"model.remat={remat}"), memory, seconds, 0.1, 1.0)
+def test_of_those_that_are_alike_few_are_compiled():
+    def one(tensor: int, remat: str, seconds: float, memory: float) -> Candidate:
+        settings = (f"mesh.data={int(seconds)}", f"mesh.tensor={tensor}", f"model.remat={remat}")
+        return Candidate(settings, memory, seconds, 0.1, 1.0)
 
     ranked = [
         one(1, "none", 1, 100),

@@ -1,6 +1,7 @@
 """Fills a model's parameters from a file, one layer of one parameter at a time, straight into their sharding."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -30,8 +31,8 @@ def assemble(
 ) -> dict[str, jax.Array]:
     """The parameters that `abstract` describes, read through `source` and cast to their dtypes.
 
-    A stacked parameter is allocated once, sharded, and its layers are written into it in place. On the host there is
-    never more than one layer of one parameter, and of that only what this process's devices hold.
+    A stacked parameter is allocated once, sharded, and its layers are written into it in place. Beside the parameters
+    there is never more on the host than one layer of one, and of that only what this process's devices hold.
     """
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
     params, done = {}, 0
@@ -40,6 +41,8 @@ def assemble(
         sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
         if slot.layers is None:
             params[slot.path] = _place(source, slot, None, leaf.shape, leaf.dtype, sharding)
+        elif _is_host(sharding):
+            params[slot.path] = _stack_on_host(source, slot, leaf, sharding)
         else:
             stacked = _zeros(leaf.shape, leaf.dtype, sharding)()
             piece_sharding = _without_layers(sharding)
@@ -59,6 +62,26 @@ def _place(source: Source, slot: Slot, layer: int | None, shape, dtype, sharding
 
     # Transfers are asynchronous: without the wait, layers would pile up on the host.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))  # type: ignore[arg-type]
+
+
+def _is_host(sharding: Sharding) -> bool:
+    """Whether an array with `sharding` lies whole in this host's memory, where no program is needed to fill it."""
+    return sharding.num_devices == 1 and next(iter(sharding.device_set)).platform == "cpu"
+
+
+def _stack_on_host(source: Source, slot: Slot, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    stacked = _aligned(leaf.shape, leaf.dtype)
+    for i, layer in enumerate(slot.layers or ()):
+        stacked[i] = source.read(slot.entry, layer, (slice(None),) * (len(leaf.shape) - 1))
+    return jax.device_put(stacked, sharding, may_alias=True)
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that a CPU device takes over as it is, without a copy: XLA wants it at a multiple of 64 bytes."""
+    size, boundary = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    memory = np.empty(size + boundary, np.uint8)
+    start = -memory.ctypes.data % boundary
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _without_layers(sharding: Sharding) -> Sharding:

@@ -5,9 +5,16 @@ What llama.cpp's converter changes in the values is undone here, by `UNDO`.
 """
 
 import functools
+import math
+import mmap
+import os
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import jax
@@ -47,24 +54,127 @@ UNDO: dict[str, tuple[tuple[str, Undo], ...]] = {
 }
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """A reader of the file; UserError where it is not a whole GGUF."""
+class Field(NamedTuple):
+    """A value of the metadata: a number, a truth value, a text, or a list of such."""
+
+    value: Any
+
+    def contents(self) -> Any:
+        return self.value
+
+
+class Tensor(NamedTuple):
+    name: str
+    tensor_type: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # as GGUF counts: the fastest axis first
+    data: np.ndarray  # the slowest axis first; floats for F32 and F16, else the bytes of a row's blocks (uint8)
+
+
+@dataclass(frozen=True)
+class File:
+    """The metadata and the tensors of a GGUF; the data of the tensors stays in the file until it is looked at."""
+
+    fields: dict[str, Field]
+    tensors: list[Tensor]
+
+
+def open_gguf(path: Path) -> File:
+    """What is in the file; UserError where it is not a whole GGUF."""
     path = Path(path)
     try:
         status = path.stat()
-        reader = _reader(path, status.st_size, status.st_mtime_ns)
+        file = _read_header(path, status.st_size, status.st_mtime_ns)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give the path of a GGUF file") from error
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+    except (ValueError, KeyError, OSError, OverflowError, MemoryError, struct.error) as error:
         raise UserError(f"{path} is not a GGUF file, or is damaged or cut short ({error}); pull it again") from error
-    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
+    if "split.count" in file.fields and file.fields["split.count"].contents() > 1:
         raise UserError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first")
-    return reader
+    return file
 
 
-@functools.lru_cache(maxsize=1)  # seconds for a large vocabulary, and the configuration and the weights both need it
-def _reader(path: Path, size: int, mtime_ns: int) -> gguf.GGUFReader:
-    return gguf.GGUFReader(path)
+@functools.lru_cache(maxsize=1)  # the configuration, the tokenizer and the weights all need it
+def _read_header(path: Path, size: int, mtime_ns: int) -> File:
+    """Reads the header in one pass; `gguf.GGUFReader` makes an array of each token's bytes, which takes seconds.
+
+    The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+    Raises ValueError, KeyError, OverflowError, MemoryError and struct.error where it is not that.
+    """
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(data)
+    magic, version = cursor.numbers("4sI")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r}, version {version}")
+    count, pairs = cursor.numbers("QQ")
+    fields: dict[str, Field] = {}
+    for _ in range(pairs):
+        name = cursor.text()
+        if name in fields:
+            raise ValueError(f"{name} is there twice")
+        fields[name] = Field(cursor.value(*cursor.numbers("I")))
+    described = [cursor.tensor() for _ in range(count)]
+    if len({name for name, *_ in described}) < count:
+        raise ValueError("two tensors have one name")
+    alignment = fields["general.alignment"].contents() if "general.alignment" in fields else 32
+    start = math.ceil(cursor.at / alignment) * alignment
+    return File(fields, [_tensor(data, start, *one) for one in described])
+
+
+_STRING, _ARRAY = 8, 9
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FLOATS = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+
+
+class _Cursor:
+    """Reads a header from its beginning on; beyond the end of the file there is a struct.error."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        """Of a `struct` layout, without padding."""
+        found = struct.unpack_from(f"<{layout}", self.data, self.at)
+        self.at += struct.calcsize(f"<{layout}")
+        return found
+
+    def text(self) -> str:
+        return next(self._texts(1))
+
+    def _texts(self, count: int) -> Iterator[str]:
+        """Written for speed: a vocabulary has hundreds of thousands."""
+        data, length = self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            (size,) = length(data, self.at)
+            start, self.at = self.at + 8, self.at + 8 + size
+            if self.at > len(data):
+                raise ValueError("a text goes beyond its end")
+            yield data[start : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            of, count = self.numbers("IQ")
+            if of == _STRING:
+                return list(self._texts(count))
+            if of == _ARRAY:
+                return [self.value(of) for _ in range(count)]
+            return list(self.numbers(f"{count}{_NUMBERS[of]}"))
+        return self.numbers(_NUMBERS[kind])[0]
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, shape, type, where it starts after the header)"""
+        name, (rank,) = self.text(), self.numbers("I")
+        *shape, kind, offset = self.numbers(f"{rank}QIQ")
+        return name, tuple(shape), kind, offset
+
+
+def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+    tensor_type = gguf.GGMLQuantizationType(kind)
+    rows = gguf.quant_shape_to_byte_shape(shape[::-1], tensor_type)
+    stored = np.frombuffer(data, np.uint8, math.prod(rows), start + offset).reshape(rows)
+    return Tensor(name, tensor_type, shape, stored.view(_FLOATS.get(tensor_type, np.uint8)))
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -149,6 +259,34 @@ class _Gguf:
     def _dequantized(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return dequantize(tensor)
         except NotImplementedError as error:
             raise UserError(f"{self.path} has {name} as {tensor.tensor_type.name}, which cannot be read") from error
+
+
+PIECE = 2**17  # numbers that a thread dequantizes at once: they stay in its cache from one numpy operation to the next
+
+
+def dequantize(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers, float32, the slowest axis first; in threads, since numpy works beside Python.
+
+    Raises NotImplementedError for a type that the `gguf` package does not dequantize.
+    """
+    if tensor.tensor_type in _FLOATS:
+        return tensor.data.astype(np.float32, copy=False)
+    block, stored = gguf.GGML_QUANT_SIZES[tensor.tensor_type]  # numbers and bytes of a block
+    count = max(PIECE // block, 1)
+    blocks, numbers = tensor.data.reshape(-1, stored), np.empty((tensor.data.size // stored, block), np.float32)
+
+    def piece(i: int) -> None:
+        part = blocks[i : i + count]
+        # As a single row: the package works through 16 rows at a time, which are short ones in small models.
+        numbers[i : i + count] = gguf.dequantize(part.reshape(1, -1), tensor.tensor_type).reshape(-1, block)
+
+    list(_threads().map(piece, range(0, len(blocks), count)))
+    return numbers.reshape(tensor.shape[::-1])
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "dequantize")
