@@ -2,21 +2,29 @@
 
 import itertools
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from llmos_jax import overrides
+from llmos_jax import opening, overrides
 from llmos_jax.compiler import watch
+from llmos_jax.config import MeshConfig, UserError
+from llmos_jax.models.weights import gguf as ours
 from llmos_jax.runtime.metrics import read_metrics
+from llmos_jax.sharding import make_mesh
 from llmos_jax.train import loop
 from llmos_jax.train.prepare import prepare
 from tests.end_to_end import runs
+from tests.models import golden
+from tests.models.weights import gguf_files
 
 # `llmos` as a user starts it, with every computation that reaches the compiler written down, whoever asked for it.
 LISTENING = """
@@ -73,6 +81,68 @@ def test_a_second_run_compiles_nothing_and_is_the_same_run(tmp_path):
     assert {"jit(prefill)", "jit(decode)"} <= set(compiled)
     again, same = llmos(tmp_path, "generate", tmp_path / "second", "the cat", "--max-tokens", 4)
     assert again == [] and same["tokens"] == answer["tokens"]
+
+
+@pytest.fixture
+def model_file(tmp_path) -> Path:
+    """A tiny Llama with a tokenizer of four words, as a GGUF whose matrices are quantized."""
+    stored = golden.load("llama")
+    folder, file = golden.write_folder(tmp_path / "llama", stored.config, stored.tensors), tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    gguf_files.metadata(writer, stored.config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "é", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([1, 1, 1, 1])
+    writer.add_add_bos_token(False)
+    for name, value in gguf_files.convert(folder, stored.config).items():
+        fits = value.ndim > 1 and value.shape[-1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q4_1 if fits else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_is_read_once_and_as_its_own_library_reads_it(model_file, monkeypatch):
+    theirs = gguf.GGUFReader(model_file)
+    monkeypatch.setattr(gguf, "GGUFReader", None)  # nothing opens the file through it, slowly and again
+    monkeypatch.setattr(ours, "PIECE", 96)  # several pieces a tensor, the last one short
+    ours._read_header.cache_clear()
+    source = opening.find(str(model_file))
+    assert opening.tokenizer_of(source).encode("abba") == [3, 1, 0]
+    opening.weights_of(source, source.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert ours._read_header.cache_info().misses == 1
+    file = ours.open_gguf(model_file)
+    named = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert {name: field.contents() for name, field in file.fields.items()} == {
+        name: field.contents() for name, field in named.items()
+    }
+    assert "é" in file.fields["tokenizer.ggml.tokens"].contents()
+    kinds = set()
+    for one, other in zip(file.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.tensor_type, one.shape) == (other.name, other.tensor_type, tuple(other.shape.tolist()))
+        np.testing.assert_array_equal(ours.dequantize(one), gguf.dequantize(other.data, other.tensor_type))
+        kinds.add(one.tensor_type.name)
+    assert kinds == {"Q4_1", "F32"}
+
+
+def test_a_gguf_aligned_to_nothing_is_refused(tmp_path):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(
+        struct.pack("<4sIQQQ17sII", b"GGUF", 3, 0, 1, 17, b"general.alignment", 4, 0)  # one pair: uint32 0
+    )
+    with pytest.raises(UserError, match=r"damaged or cut short .its alignment is 0"):
+        ours.open_gguf(file)
+
+
+def test_a_second_answer_of_a_gguf_compiles_nothing(tmp_path, model_file):
+    first, answer = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
+    assert {"jit(prefill)", "jit(decode)"} == set(first)  # and nothing else: the weights are placed without a program
+    second, same = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
+    assert second == [] and same["tokens"] == answer["tokens"]
 
 
 def recompile(monkeypatch) -> None:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig, RopeConfig, UserError
 from llmos_jax.models.decoder import abstract_params, forward_logits
 from llmos_jax.models.generate import (
@@ -217,3 +218,41 @@ def test_the_cache_is_written_in_place():
     decode = decode_program(model, mesh, abstract_serving_params(model, mesh), 2, 64).compile()
     cache = 2 * model.num_layers * 2 * 64 * model.num_kv_heads * model.head_dim * 4
     assert decode.memory.alias >= cache
+
+
+@pytest.mark.described
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")  # jax's, of absent devices
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layer_pattern": ("local", "global"), "sliding_window": 512},
+        {"num_experts": 4, "moe_mlp_dim": 512, "num_dense_layers": 1},
+    ],
+    ids=["dense", "local and global", "moe"],
+)
+def test_on_tpus_serving_holds_the_weights_one_cache_and_little_more(changes):
+    """Of sizes that TPUs hold without filling up, so that the arguments can be counted by hand."""
+    pytest.importorskip("libtpu")
+    layers, d, heads, kv_heads, h, f, vocab, batch, size = 4, 512, 8, 4, 128, 1024, 1024, 16, 2048
+    shape = {"num_layers": layers, "embed_dim": d, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": h}
+    model = tiny.model(**shape, mlp_dim=f, vocab_size=vocab, max_seq_len=size, dtype="bfloat16", **changes)
+    mesh = Target.parse("v5p:2x2x1").mesh(MeshConfig(data=2, fsdp=1, tensor=2))
+    params = abstract_serving_params(model, mesh)
+
+    layer_cache = 2 * (batch // 2) * size * (kv_heads // 2) * h * 2  # k and v, over data, over tensor, bfloat16
+    attention, mlp = d * h * 2 * (heads + kv_heads), 3 * d * f
+    moe = 4 * 3 * d * 512 + 2 * d * 4  # the expert axis has one device; the router is whole on each
+    feed_forward = mlp + (layers - 1) * moe if "num_experts" in changes else layers * mlp
+    weights = 2 * (2 * vocab * d + layers * attention + feed_forward) // 2  # bfloat16, over tensor
+
+    decode = decode_program(model, mesh, params, batch, size).compile().memory
+    assert decode.argument == pytest.approx(weights + layers * layer_cache, rel=0.01)
+    assert decode.alias == layers * layer_cache, "the cache is written where it is"
+    assert decode.temp < layer_cache / 2, "not even one layer's keys are held twice"
+    assert decode.peak < decode.argument + layer_cache, "a second cache would be four layers"
+
+    prefill = prefill_program(model, mesh, params, batch, 128, size).compile().memory
+    assert prefill.output == pytest.approx(layers * layer_cache, rel=0.01)
+    # Its attention kernel has one layer's keys and values laid out anew; what is left is 128 tokens' activations.
+    assert prefill.peak < prefill.argument + prefill.output + 1.5 * layer_cache

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def _place(source: Source, slot: Slot, layer: int | None, shape, dtype, sharding
 
 def _is_host(sharding: Sharding) -> bool:
     """Whether an array with `sharding` lies whole in this host's memory, where no program is needed to fill it."""
-    return sharding.num_devices == 1 and next(iter(sharding.device_set)).platform == "cpu"
+    first: Any = next(iter(sharding.device_set))
+    return sharding.num_devices == 1 and first.platform == "cpu"
 
 
 def _stack_on_host(source: Source, slot: Slot, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:

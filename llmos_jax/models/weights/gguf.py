@@ -117,7 +117,9 @@ def _read_header(path: Path, size: int, mtime_ns: int) -> File:
     if len({name for name, *_ in described}) < count:
         raise ValueError("two tensors have one name")
     alignment = fields["general.alignment"].contents() if "general.alignment" in fields else 32
-    start = math.ceil(cursor.at / alignment) * alignment
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment!r}")
+    start = -(-cursor.at // alignment) * alignment
     return File(fields, [_tensor(data, start, *one) for one in described])
 
 
