@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import RunConfig, mesh_shape
-from llmos_jax.plan.candidates import REMAT, Candidate, evaluate
+from llmos_jax.plan.candidates import Candidate, evaluate, remats
 
 MOST = 6  # pieces of advice
 
@@ -65,7 +65,7 @@ def _fitting(config, target, combinations, now: Candidate, scale: float, capacit
 def _singles(config: RunConfig, target: Target):
     """One change each: remat, micro-batches, mesh, optimizer, stored dtype, a smaller batch."""
     train, model = config.train, config.model
-    for remat in REMAT:
+    for remat in remats(config):
         if f"model.remat={model.remat}" != remat[0] or model.remat == "names":
             yield remat
     for times in (2, 4, 8, 16):

@@ -12,15 +12,16 @@ from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, RunConfig, UserError, check, mesh_shape
 from llmos_jax.overrides import apply_settings
 
-# From keeping everything to keeping next to nothing on the device; the last two use the host's memory.
+# model.remat, remat_save and remat_offload: from keeping everything to keeping next to nothing on the device. The last two
+# use the host's memory.
 REMAT = (
-    ("model.remat=none",),
-    ("model.remat=names", "model.remat_save=input,q,k,v,attention,attention_out,gate,up"),
-    ("model.remat=names", "model.remat_save=input,q,k,v,attention,attention_out"),
-    ("model.remat=names", "model.remat_save=input,attention"),
-    ("model.remat=full",),
-    ("model.remat=names", "model.remat_save=attention", "model.remat_offload=input,q,k,v"),
-    ("model.remat=names", "model.remat_offload=input"),
+    ("none", "", ""),
+    ("names", "input,q,k,v,attention,attention_out,gate,up", ""),
+    ("names", "input,q,k,v,attention,attention_out", ""),
+    ("names", "input,attention", ""),
+    ("full", "", ""),
+    ("names", "attention", "input,q,k,v"),
+    ("names", "", "input"),
 )
 LONGEST_UNSPLIT = 16_384  # tokens of a sequence up to which the context axis is not tried
 MOST_TENSOR = 16
@@ -40,7 +41,7 @@ class Candidate:
 def evaluate(config: RunConfig, target: Target, settings: tuple[str, ...]) -> Candidate | None:
     """None where the settings break a rule, or do not fit the target's shape."""
     try:
-        changed = apply_settings(config, [*_cleared(settings), *settings])
+        changed = apply_settings(config, list(settings))
         check(changed, target.num_devices)
         sizes = mesh_shape(changed.mesh, target.num_devices)
         links = _links(target, tuple(sizes.items()))
@@ -51,11 +52,15 @@ def evaluate(config: RunConfig, target: Target, settings: tuple[str, ...]) -> Ca
     return Candidate(settings, training_memory(changed, sizes).total, time.step, time.mfu, rate)
 
 
-def _cleared(settings: tuple[str, ...]) -> list[str]:
-    """A new remat policy starts from no names."""
-    if not any(setting.startswith("model.remat=") for setting in settings):
-        return []
-    return ["model.remat_save=", "model.remat_offload="]
+def remats(config: RunConfig) -> Iterator[tuple[str, ...]]:
+    """Each of REMAT as settings. A list of names that `config` has is cleared; of what it has not, nothing is said."""
+    for remat, save, offload in REMAT:
+        settings = [f"model.remat={remat}"]
+        if save or config.model.remat_save:
+            settings.append(f"model.remat_save={save}")
+        if offload or config.model.remat_offload:
+            settings.append(f"model.remat_offload={offload}")
+        yield tuple(settings)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,7 +91,7 @@ def accumulations(config: RunConfig) -> list[int]:
 
 def every(config: RunConfig, target: Target) -> Iterator[Candidate | None]:
     """All of them, scored; None for each that breaks a rule, so that progress can be told."""
-    for mesh, accumulate, remat in itertools.product(meshes(config, target), accumulations(config), REMAT):
+    for mesh, accumulate, remat in itertools.product(meshes(config, target), accumulations(config), remats(config)):
         yield evaluate(config, target, (*mesh, f"train.accumulate={accumulate}", *remat))
 
 

@@ -154,8 +154,7 @@ def _line(one: Tried) -> str:
 
 def _plan_apart(candidate: Candidate, path: str, settings: list[str], target: Target) -> Tried:
     command = [sys.executable, "-m", "llmos_jax.cli", "plan", path, "--target", target.name, "--json", "--no-advice"]
-    cleared = ["model.remat_save=", "model.remat_offload="]
-    command += ["--set", *settings, *cleared, *candidate.settings]
+    command += ["--set", *settings, *candidate.settings]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=dict(os.environ))
     except subprocess.TimeoutExpired:

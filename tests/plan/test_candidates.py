@@ -1,5 +1,6 @@
 """Variants of a configuration and advice: what is enumerated, that it keeps the run's meaning, and that it fits."""
 
+import dataclasses
 import itertools
 import math
 
@@ -17,8 +18,7 @@ CPUS = Target.parse("cpu:8")
 CONFIG = tiny.run(tiny.DENSE, 16, 16)
 
 
-def changed(config, settings):
-    return apply_settings(config, ["model.remat_save=", "model.remat_offload=", *settings])
+SAVING = tiny.run(tiny.model(remat="names", remat_save=("input", "q"), remat_offload=("k",)), 16, 16)
 
 
 @pytest.mark.parametrize("config", [CONFIG, tiny.run(tiny.MOE, 12, 16, accumulate=3)], ids=["dense", "moe"])
@@ -50,7 +50,7 @@ def test_micro_batches_divide_the_batch():
 
 def test_a_candidate_is_scored_as_the_configuration_it_stands_for():
     for one in filter(None, itertools.islice(candidates.every(CONFIG, CPUS), 200)):
-        config = changed(CONFIG, one.settings)
+        config = apply_settings(CONFIG, list(one.settings))
         check(config, 8)
         assert one.memory == training_memory(config, mesh_shape(config.mesh, 8)).total
         assert one.tokens_per_second == pytest.approx(16 * 16 / one.seconds)
@@ -63,9 +63,19 @@ def test_what_breaks_a_rule_is_no_candidate():
 
 
 def test_a_new_remat_policy_starts_from_no_names():
-    saving = tiny.run(tiny.model(remat="names", remat_save=("input", "q")), 16, 16)
-    full = candidates.evaluate(saving, CPUS, ("model.remat=full",))
-    assert full and full.memory == candidates.evaluate(tiny.run(tiny.model(remat="full"), 16, 16), CPUS, ()).memory
+    for saving, plain in zip(candidates.remats(SAVING), candidates.remats(CONFIG), strict=True):
+        assert apply_settings(SAVING, list(saving)) == apply_settings(CONFIG, list(plain))
+        ours, theirs = (candidates.evaluate(one, CPUS, to) for one, to in ((SAVING, saving), (CONFIG, plain)))
+        assert ours and theirs and ours.memory == theirs.memory
+        assert not any(setting.endswith("=") for setting in plain), "nothing to clear, nothing said"
+
+
+def test_settings_of_candidates_are_valid_for_a_configuration_that_names_activations():
+    possible = list(filter(None, itertools.islice(candidates.every(SAVING, CPUS), 100)))
+    changed = [apply_settings(SAVING, " ".join(one.settings).split()) for one in possible]
+    assert {config.model.remat for config in changed} == {"none", "names", "full"}
+    for config in changed:
+        check(config, 8)
 
 
 # ------------------------------------------------------------------------------------------------------------- advice
@@ -85,7 +95,7 @@ def test_advice_fits_by_the_formula_it_was_given_by(share: float, now: float):
     found = advise(WIDE, CPUS, 2 * now, capacity)
     assert 0 < len(found) <= advice.MOST
     for one in found:
-        config = changed(WIDE, one.settings)
+        config = apply_settings(WIDE, list(one.settings))
         check(config, 8)
         memory = training_memory(config, mesh_shape(config.mesh, 8)).total
         assert one.peak == pytest.approx(2 * memory) and one.peak <= capacity
@@ -104,7 +114,7 @@ def test_combined_advice_sets_nothing_twice(now: float):
         names = [setting.partition("=")[0] for setting in one.settings]
         assert len(set(names)) == len(names) and len(names) >= 2
         # One of `mesh` or of remat alone sets several fields; two of them would undo each other.
-        sizes = mesh_shape(changed(WIDE, one.settings).mesh, 8)
+        sizes = mesh_shape(apply_settings(WIDE, list(one.settings)).mesh, 8)
         assert math.prod(sizes.values()) == 8
 
 
@@ -140,6 +150,15 @@ def test_lighter_optimizers_are_only_offered_for_adamw():
     assert not any("optimizer" in " ".join(one) or "dtype" in " ".join(one) for one in advice._singles(lighter, CPUS))
 
 
-def test_advice_for_this_machine_is_lines_to_paste(now: float):
-    lines = advise_here(WIDE, now, 0.5 * now).splitlines()
+@pytest.mark.parametrize(
+    "names", [{}, {"remat": "names", "remat_save": ("input", "q", "gate", "up")}], ids=["", "names"]
+)
+def test_advice_for_this_machine_is_lines_to_paste(names, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advice, "MOST", 1000)  # all of it: which is fastest depends on the machine
+    config = dataclasses.replace(WIDE, model=dataclasses.replace(WIDE.model, **names))
+    memory = candidates.evaluate(config, CPUS, ()).memory
+    lines = advise_here(config, memory, 0.8 * memory).splitlines()
     assert len(lines) > 1 and all(line.startswith("  --set ") and "GiB, " in line for line in lines[1:])
+    assert any("model.remat=full" in line for line in lines)
+    for line in lines[1:]:
+        check(apply_settings(config, line.removeprefix("  --set ").partition("  (")[0].split()), 8)

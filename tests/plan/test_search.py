@@ -7,9 +7,11 @@ import threading
 import pytest
 
 from llmos_jax.compiler.target import Target
-from llmos_jax.config import UserError
+from llmos_jax.config import UserError, check
+from llmos_jax.overrides import apply_settings
 from llmos_jax.plan import search as module
-from llmos_jax.plan.candidates import Candidate
+from llmos_jax.plan import show
+from llmos_jax.plan.candidates import Candidate, every
 from llmos_jax.plan.search import Found, Tried, search
 from tests import tiny
 
@@ -107,6 +109,15 @@ def test_of_those_that_are_alike_few_are_compiled():
     assert module._different(ranked) == [ranked[0], ranked[2], ranked[4]]
 
 
+def test_the_line_to_set_is_valid_for_a_configuration_that_names_activations(capsys):
+    saving = tiny.run(tiny.model(remat="names", remat_save=("input",)), 16, 16)
+    full = next(one for one in every(saving, CPUS) if one and "model.remat=full" in one.settings)
+    show.ranking(Found(tried=[Tried(full, report(1.0))]))
+    line = capsys.readouterr().out.rpartition("--set ")[2].split()
+    assert line == [*full.settings]
+    check(apply_settings(saving, line), 8)
+
+
 def test_a_process_that_fails_or_takes_too_long_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch):
     candidate = Candidate(("mesh.data=8", "model.remat=full"), 1.0, 1.0, 0.1, 1.0)
     commands = []
@@ -119,9 +130,7 @@ def test_a_process_that_fails_or_takes_too_long_is_told_in_a_line(monkeypatch: p
     tried = module._plan_apart(candidate, "c.py", ["train.steps=3"], CPUS)
     assert tried.problem == "error: mesh.data=8 is too much" and not tried.fits and tried.seconds == float("inf")
     settings = commands[0][commands[0].index("--set") + 1 :]
-    assert (
-        commands[0][0] == sys.executable and settings[0] == "train.steps=3" and settings[-2:] == [*candidate.settings]
-    )
+    assert commands[0][0] == sys.executable and settings == ["train.steps=3", *candidate.settings]
 
     def late(command, **options):
         raise subprocess.TimeoutExpired(command, 1)
