@@ -22,10 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 from llmos_jax.compiler.roofline import train_flops  # noqa: E402
 from llmos_jax.compiler.target import Target  # noqa: E402
-from llmos_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RopeConfig, RunConfig, TrainConfig  # noqa: E402
+from llmos_jax.config import MeshConfig, OptimizerConfig, RopeConfig, RunConfig, TrainConfig  # noqa: E402
 from llmos_jax.models.presets import PRESETS  # noqa: E402
 from llmos_jax.plan.candidates import evaluate  # noqa: E402
 from llmos_jax.plan.programs import Serving, plan  # noqa: E402
+from scripts.compile_matrix import write  # noqa: E402
 
 MARKERS = ("<!-- calibration: begin -->", "<!-- calibration: end -->")
 ROWS = (
@@ -34,17 +35,7 @@ ROWS = (
     *("llama2-70b v5p-512", "llama3.1-405b v5p-1024 (512 chips)", "mixtral-8x7b v5p-256"),
     *("llama3.1-70b tpu7x-64", "llama3.1-70b tpu7x-256", "llama3.1-405b tpu7x-256", "qwen3-235b-a22b tpu7x-256"),
 )
-LLAMA2_70B = ModelConfig(
-    vocab_size=32_000,
-    num_layers=80,
-    embed_dim=8_192,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=28_672,
-    max_seq_len=4_096,
-    rope=RopeConfig(theta=10_000.0),
-)
+LLAMA2_70B = dataclasses.replace(PRESETS["llama3-70b"], vocab_size=32_000, max_seq_len=4_096, rope=RopeConfig())
 MODELS = {"llama2-70b": LLAMA2_70B, "mistral-7b": PRESETS["mistral-7b"]}
 # What MaxText's remat policies call an activation, and what it is called here.
 NAMES = {
@@ -166,13 +157,10 @@ def main() -> int:
     errors = [abs(one.error) for one in lines]
     verdict = f"median error {statistics.median(errors):.1%} of {len(lines)} rows, largest {max(errors):.0%}"
     print(verdict)
-    if args.write:
-        content = args.write.read_text()
-        before, _, rest = content.partition(MARKERS[0])
-        _, _, after = rest.partition(MARKERS[1])
-        args.write.write_text(f"{before}{MARKERS[0]}\n\n{table(lines)}\n\n{verdict}.\n\n{MARKERS[1]}{after}")
     if args.json:
         args.json.write_text(json.dumps([one._asdict() | {"error": one.error} for one in lines], indent=1))
+    if args.write:
+        write(args.write, f"{table(lines)}\n\n{verdict}.", MARKERS)
     return 0
 
 
