@@ -1,34 +1,18 @@
-"""Memory and time of prefill and decode by formula: a server's half of analytic.py, under the same assumptions.
+"""Time of prefill and decode by formula: a server's half of analytic.py, under the same assumptions.
 
 Sequences are split over data, fsdp and expert, heads over tensor. Weights that fsdp splits are gathered in every step.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from llmos_jax.compiler.analytic import BATCH_AXES, LOGITS_AT_ONCE, Sizes, itemsize, known, layer_flops
+from llmos_jax.compiler.analytic import BATCH_AXES, Sizes, itemsize, known, layer_flops
 from llmos_jax.compiler.chips import MEMORY_SHARE, Chip
 from llmos_jax.compiler.interconnect import AxisLinks
 from llmos_jax.compiler.roofline import weights
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig
-
-
-@dataclass(frozen=True)
-class ServingMemory:
-    """Bytes of one device."""
-
-    weights: float
-    cache: float
-    working: float  # activations of one layer, the gathered weights of one, logits
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def fits(self, chip: Chip) -> bool:
-        return self.total <= chip.usable_bytes
 
 
 @dataclass(frozen=True)
@@ -52,26 +36,6 @@ class ServingTime:
 def cache_bytes(model: ModelConfig, batch: float, length: int) -> float:
     """Keys and values of `batch` sequences of `length` tokens, every layer whole, on all devices together."""
     return 2.0 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize(model.dtype) * batch * length
-
-
-def serving_memory(model: ModelConfig, sizes: Sizes, batch: int, length: int, query: int = 1) -> ServingMemory:
-    """Of a decode step (query=1) or of a prefill of `query` tokens, with room for `length` tokens a sequence.
-
-    Weights are held in the computation's dtype.
-    """
-    compute, tensor = itemsize(model.dtype), sizes["tensor"]
-    rows = math.ceil(batch / math.prod(sizes[axis] for axis in BATCH_AXES))
-    held = sum(weight.local_size(sizes) for weight in weights(model)) * compute
-    layers = [weight for weight in weights(model) if weight.part not in ("embedding", "head")]
-    gathered = sum(weight.local_size(sizes, ("fsdp",)) for weight in layers) / model.num_layers * compute
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor
-    mlp = (
-        3 * max(model.mlp_dim, model.num_experts_per_token * model.expert_mlp_dim if model.num_experts else 0) / tensor
-    )
-    activations = rows * query * (4 * model.embed_dim + heads + mlp) * compute
-    logits = 4 * min(rows * model.vocab_size / tensor, LOGITS_AT_ONCE)
-    working = activations + logits + (gathered if sizes["fsdp"] > 1 else 0.0)
-    return ServingMemory(held, cache_bytes(model, rows, length) / tensor, working)
 
 
 def decode_time(

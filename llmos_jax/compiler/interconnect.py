@@ -13,8 +13,6 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler.chips import DIE_LINKS, Chip
 
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-
 
 @dataclass(frozen=True)
 class Span:

@@ -75,10 +75,6 @@ def weights(model: ModelConfig) -> tuple[Weight, ...]:
     return tuple(found)
 
 
-def num_params(model: ModelConfig) -> int:
-    return sum(weight.size for weight in weights(model))
-
-
 def matmul_params(model: ModelConfig) -> int:
     """Parameters that each token is multiplied with: the chosen experts only, the head, no embedding, no norms."""
     attention = model.embed_dim * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)

@@ -9,13 +9,13 @@ import jax
 import pytest
 
 from llmos_jax.compiler.analytic import training_memory, training_time
-from llmos_jax.compiler.analytic_serving import cache_bytes, decode_time, prefill_time, serving_memory
+from llmos_jax.compiler.analytic_serving import cache_bytes, decode_time, prefill_time
 from llmos_jax.compiler.chips import CHIPS, Chip
 from llmos_jax.compiler.interconnect import AxisLinks, Span
-from llmos_jax.compiler.roofline import num_params, train_flops, weights
+from llmos_jax.compiler.roofline import train_flops, weights
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MESH_AXES, OptimizerConfig, RunConfig, TrainConfig, UserError, check, mesh_shape
-from llmos_jax.models import decoder
+from llmos_jax.models.decoder import num_params
 from llmos_jax.models.presets import PRESETS
 from llmos_jax.overrides import load_config
 from llmos_jax.train.step import abstract_state
@@ -56,12 +56,7 @@ def held(tree) -> int:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_is_counted(name):
-    assert num_params(PRESETS[name]) == decoder.num_params(PRESETS[name])
-
-
-def test_a_published_size():
-    assert num_params(PRESETS["llama3-8b"]) == pytest.approx(8.03e9, rel=1e-3)
-    assert num_params(PRESETS["qwen3-235b-a22b"]) == pytest.approx(235e9, rel=1e-2)
+    assert sum(weight.size for weight in weights(PRESETS[name])) == num_params(PRESETS[name])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "sgd", "adafactor"])
@@ -240,9 +235,7 @@ def test_cache_by_hand():
     """Llama-3-70B: 80 layers x 2 x 8 heads x 128 x 2 bytes = 327,680 bytes a token."""
     model = dataclasses.replace(PRESETS["llama3-70b"], dtype="bfloat16")
     assert cache_bytes(model, 1, 1) == 327_680
-    memory = serving_memory(model, sizes(tensor=8), batch=64, length=2048)
-    assert memory.cache == 64 * 2048 * 327_680 / 8
-    assert memory.weights == pytest.approx(70.55e9 * 2 / 8, rel=1e-3)
+    assert cache_bytes(model, 64, 2048) == 64 * 2048 * 327_680
 
 
 def test_decoding_reads_everything_once():
