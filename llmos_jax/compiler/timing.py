@@ -9,7 +9,7 @@ longer of its arithmetic at an achievable share of peak and its bytes of HBM. No
 between the core and the links, of slow devices, or of time between steps.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -34,8 +34,8 @@ class Timing:
 
     seconds: float = 0.0
     core: float = 0.0
-    busy: dict[Axes, float] = field(default_factory=dict)
-    exposed: dict[Axes, float] = field(default_factory=dict)
+    busy: defaultdict[Axes, float] = field(default_factory=lambda: defaultdict(float))
+    exposed: defaultdict[Axes, float] = field(default_factory=lambda: defaultdict(float))
     cycles: float = 0.0
     uncounted: Counter[str] = field(default_factory=Counter)
 
@@ -44,9 +44,9 @@ class Timing:
         self.core += other.core * times
         self.cycles += other.cycles * times
         for axes, seconds in other.busy.items():
-            self.busy[axes] = self.busy.get(axes, 0.0) + seconds * times
+            self.busy[axes] += seconds * times
         for axes, seconds in other.exposed.items():
-            self.exposed[axes] = self.exposed.get(axes, 0.0) + seconds * times
+            self.exposed[axes] += seconds * times
         for name, number in other.uncounted.items():
             self.uncounted[name] += number * times
 
@@ -86,30 +86,26 @@ class _Player:
         if where.name in self.known:
             return self.known[where.name]
         total = Timing()
-        free: dict[Axes, float] = {}  # when each link has done what was asked of it
+        free: defaultdict[Axes, float] = defaultdict(float)  # when each link has done what was asked of it
         running: dict[str, tuple[Axes, float]] = {}  # what was started: its link, and when it is done
         for step in schedule(self.module, where):
             if step.kind == "control":
                 self._enter(total, step)
-            elif step.kind in ("collective", "collective-start"):
-                axes, seconds = self._collective_seconds(step)
-                total.busy[axes] = total.busy.get(axes, 0.0) + seconds
-                free[axes] = max(total.seconds, free.get(axes, 0.0)) + seconds
-                running[step.name] = (axes, free[axes])
+            elif step.kind in ("collective", "collective-start", "copy-start"):
+                copy = step.kind == "copy-start"
+                link, seconds = self._copy_seconds(step) if copy else self._collective_seconds(step)
+                total.busy[link] += seconds
+                free[link] = max(total.seconds, free[link]) + seconds
+                running[step.name] = (link, free[link])
                 if step.kind == "collective":
                     self._wait(total, *running.pop(step.name))
-            elif step.kind == "copy-start":
-                link, seconds = self._copy_seconds(step)
-                total.busy[link] = total.busy.get(link, 0.0) + seconds
-                free[link] = max(total.seconds, free.get(link, 0.0)) + seconds
-                running[step.name] = (link, free[link])
             elif step.kind in ("collective-done", "copy-done"):
                 if step.start in running:
                     self._wait(total, *running.pop(step.start))
             elif step.kind == "compute":
                 self._compute(total, step)
-        for axes, done in running.values():
-            self._wait(total, axes, done)
+        for link, done in running.values():
+            self._wait(total, link, done)
         self.known[where.name] = total
         return total
 
@@ -120,7 +116,7 @@ class _Player:
 
     def _wait(self, total: Timing, axes: Axes, done: float) -> None:
         late = max(0.0, done - total.seconds)
-        total.exposed[axes] = total.exposed.get(axes, 0.0) + late
+        total.exposed[axes] += late
         total.seconds += late
 
     def _compute(self, total: Timing, step: Step) -> None:
