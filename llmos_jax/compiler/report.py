@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from llmos_jax.compiler import buffers, hlo, hlo_cost
+from llmos_jax.compiler.interconnect import AxisLinks
 from llmos_jax.compiler.program import Executable, OutOfMemory, Program
 from llmos_jax.compiler.target import Target
 from llmos_jax.compiler.timing import Timing, timing
@@ -113,23 +114,29 @@ class Report:
 
 
 def report(
-    program: Program, executable: Executable, target: Target, work: Work, analytic: Mapping[str, Any] | None = None
+    program: Program,
+    executable: Executable,
+    target: Target,
+    links: Mapping[str, AxisLinks],
+    work: Work,
+    analytic: Mapping[str, Any] | None = None,
 ) -> Report:
-    """analytic: the fields of an Estimate by formula, where there is a formula."""
+    """links: of the target's devices in the program's mesh. analytic: the fields of an Estimate, where there is a
+    formula."""
     module = hlo.parse(executable.hlo)
     mesh = dict(program.mesh.shape)
-    links, chip = target.axis_links(program.mesh), target.chip
     total = hlo_cost.cost(module)
+    useful, peak = work.useful_flops / target.num_devices, _useful_peak(program, target)
     estimates = {"analytic": Estimate(**analytic)} if analytic else {}
     for name, roofline in (("roofline", True), ("schedule", False)):
-        found = timing(module, chip, links, mesh, roofline=roofline)
-        estimates[name] = _estimate(found, work.useful_flops / target.num_devices, useful_peak(program, target))
-    held = executable.memory
-    memory = _memory(program, work, held.argument) | {
+        found = timing(module, target.chip, links, mesh, roofline=roofline)
+        estimates[name] = _estimate(found, useful, peak)
+    held, arguments = executable.memory, list(_arguments(program, work))
+    memory = _memory(arguments, held.argument) | {
         "temporaries": float(max(held.peak - held.argument, 0)),  # and results that take no argument's place
         "code": float(held.code),
     }
-    alive = buffers.peak(module, [label for label, _ in _arguments(program, work)])
+    alive = buffers.peak(module, [label for label, _ in arguments])
     compiled = {
         "host_bytes": float(held.host),
         "flops": total.flops,
@@ -147,7 +154,7 @@ def refused(
     program: Program, problem: OutOfMemory, target: Target, work: Work, analytic: Mapping[str, Any] | None = None
 ) -> Report:
     """Of a program that the compiler finds no place for: its memory, and what the formula says of the rest."""
-    memory = _memory(program, work, None) | {"temporaries": problem.temporaries}
+    memory = _memory(_arguments(program, work), None) | {"temporaries": problem.temporaries}
     estimates = {"analytic": Estimate(**analytic)} if analytic else {}
     notes = ["the compiler refused it for its temporaries: there is no schedule, and time is by formula"]
     return _report(program, target, work, memory, estimates, {"notes": notes})
@@ -188,7 +195,7 @@ def _main(estimates: Mapping[str, Estimate]) -> Estimate:
     return next((estimates[name] for name in MAIN if name in estimates), Estimate(0.0, 0.0, {}, {}, 0.0))
 
 
-def useful_peak(program: Program, target: Target) -> float:
+def _useful_peak(program: Program, target: Target) -> float:
     """Peak FLOP/s of the dtype that the program computes in, taken from its configuration."""
     dtypes = [dtype for value in program.static if (dtype := _dtype(value))]
     return target.chip.peak_flops(dtypes[0] if dtypes else "bfloat16")
@@ -221,10 +228,10 @@ def _traffic(total: hlo_cost.Cost, mesh: Mapping[str, int]) -> list[Traffic]:
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def _memory(program: Program, work: Work, stated: int | None) -> dict[str, float]:
+def _memory(arguments: Iterable[tuple[str, float]], stated: int | None) -> dict[str, float]:
     """The arguments' bytes by part. stated: what the compiler counts for all of them; tiles make arrays larger."""
     parts: dict[str, float] = defaultdict(float)
-    for label, size in _arguments(program, work):
+    for label, size in arguments:
         parts[label.partition(": ")[0]] += size
     total = sum(parts.values())
     scale = stated / total if stated is not None and total else 1.0

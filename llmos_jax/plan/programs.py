@@ -1,11 +1,12 @@
 """The programs of a configuration on a target, each with what it does for its user. The same ones that train and serve."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from llmos_jax.compiler.analytic import training_time
 from llmos_jax.compiler.analytic_serving import decode_time, prefill_time
+from llmos_jax.compiler.interconnect import AxisLinks
 from llmos_jax.compiler.program import OutOfMemory, Program
 from llmos_jax.compiler.report import Report, Work, refused, report
 from llmos_jax.compiler.roofline import forward_flops, matmul_params, train_flops
@@ -61,17 +62,19 @@ def _parts(program: Program) -> tuple[str, ...]:
 def plan(config: RunConfig, target: Target, name: str, serving: Serving, say: Say = lambda _: None) -> Report:
     """Compiles the program for the target, or finds what was compiled before, and reports on it."""
     program, work = build(config, target, name, serving)
-    analytic = _analytic(config, target, program, name, serving)
+    links = target.axis_links(program.mesh)
+    analytic = _analytic(config, target, links, name, serving)
     say(f"compiling the {name} program for {target.name}")
     try:
-        return report(program, program.compile(), target, work, analytic)
+        return report(program, program.compile(), target, links, work, analytic)
     except OutOfMemory as problem:
         return refused(program, problem, target, work, analytic)
 
 
-def _analytic(config: RunConfig, target: Target, program: Program, name: str, serving: Serving) -> dict[str, Any]:
+def _analytic(
+    config: RunConfig, target: Target, links: Mapping[str, AxisLinks], name: str, serving: Serving
+) -> dict[str, Any]:
     sizes = mesh_shape(config.mesh, target.num_devices)
-    links = target.axis_links(program.mesh)
     if name == "train":
         found = training_time(config, sizes, target, links)
         return {
