@@ -6,6 +6,7 @@ import platform
 import shutil
 from typing import Any
 
+from llmos_jax.compiler.chips import host_memory, peak_flops
 from llmos_jax.config import home
 
 PACKAGES = (
@@ -25,7 +26,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "optional": {name: _version(name) for name in OPTIONAL},
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "host_memory_bytes": int(host_memory()),
         "home": str(home()),
         "problems": [],
     }
@@ -58,8 +59,6 @@ def _examine_home(findings: dict[str, Any]) -> None:
 
 def _examine_devices(findings: dict[str, Any]) -> None:
     import jax
-
-    from llmos_jax.compiler.chips import peak_flops
 
     try:
         devices = jax.devices()
