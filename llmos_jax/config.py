@@ -95,6 +95,7 @@ class ModelConfig:
     norm_topk: bool = True  # the chosen experts' probabilities are made to sum to one
     router_aux_weight: float = 0.0  # weight of the load-balance loss (arXiv:2101.03961, eq. 4)
 
+    quantize: str = "none"  # none | int8 | int4: how served weights are stored and multiplied (models/quantized.py)
     dtype: str = "float32"  # of computation
     param_dtype: str = "float32"  # of the stored parameters
     remat: str = "none"  # none | full | dots | dots_no_batch | names: what the backward pass recomputes
@@ -241,6 +242,25 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """One model being served. Its programs have these shapes, so nothing a request asks for can need more memory."""
+
+    max_model_len: int = 0  # tokens of a prompt with its answer; 0: the model's context
+    max_sequences: int = 16  # answers being generated at once
+    max_step_tokens: int = 512  # new tokens of a step, those of prompts among them
+    chunk: int = 0  # most tokens of one prompt in a step; 0: max_step_tokens
+    page_size: int = 32  # tokens
+    num_pages: int = 0  # 0: as many as memory_share leaves room for, and the sequences can use
+    memory_share: float = 0.9  # of a device's memory, for weights, pages and temporaries
+    host_pages: int = 0  # pages that fit into host memory, to which sequences are swapped
+    kv_dtype: str = "auto"  # auto (dtype of computation) | float32 | bfloat16 | int8 | float8_e4m3fn
+    num_drafts: int = 0  # tokens guessed ahead by looking up n-grams of the prompt, or by the draft model; 0: off
+    draft_model: str = ""  # a small model of the same vocabulary
+    max_adapters: int = 0  # LoRA adapters loaded at once
+    adapter_rank: int = 16  # of the largest of them
+
+
+@dataclass(frozen=True)
 class RunConfig:
     name: str = "run"
     seed: int = 0
@@ -252,6 +272,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
+    serve: ServeConfig = ServeConfig()
     log: LogConfig = field(default_factory=LogConfig)
 
 

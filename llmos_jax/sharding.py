@@ -112,7 +112,12 @@ def token_dims(shape: tuple[int, ...]) -> Logical:
 
 
 def whole(weight: jax.Array, logical: Logical, dtype) -> jax.Array:
-    """A weight in `dtype` with the dimensions that `fsdp` splits gathered; those of other axes stay split."""
+    """A weight in `dtype` with the dimensions that `fsdp` splits gathered; those of other axes stay split.
+
+    A quantized weight (a pytree of arrays) is for serving, where `fsdp` splits nothing, and stays as it is.
+    """
+    if not isinstance(weight, jax.Array):
+        return weight
     weight = weight.astype(dtype)
     if axis_size("fsdp") == 1:
         return weight

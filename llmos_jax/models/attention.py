@@ -11,8 +11,21 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from llmos_jax.config import ModelConfig
-from llmos_jax.models.layers import INIT_STD, Norm, Stack, apply_rope, norm, out_std, parameter, present, project
+from llmos_jax.models.layers import (
+    INIT_STD,
+    Norm,
+    Stack,
+    adapted,
+    add_adapters,
+    apply_rope,
+    norm,
+    out_std,
+    parameter,
+    present,
+    project,
+)
 from llmos_jax.sharding import axis_size, gather_tokens, sharded, sum_over_tensor, token_dims, whole
+from pallas_kernels import KVPages
 
 Rope = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
 
@@ -33,6 +46,15 @@ class Cache(NamedTuple):
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
+
+
+class Ragged(NamedTuple):
+    """Which tokens of a flat batch belong to which sequence and where its pages are; see `paged_attention`."""
+
+    block_tables: Int[Array, "R C"]
+    lengths: Int[Array, "R"]
+    starts: Int[Array, "R+1"]
+    num_sequences: Int[Array, ""]
 
 
 class Attention(nnx.Module):
@@ -62,10 +84,14 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope | None,
         segment_ids: Int[Array, "B T"] | None,
-        cache: Cache | None = None,
-        offset: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a cache, the T new tokens of sequence b are written at offset[b] and see all before them."""
+        cache: Cache | KVPages | None = None,
+        offset: Int[Array, "B"] | Ragged | None = None,
+        adapters: tuple[Array, dict] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | KVPages | None]:
+        """With a cache, the T new tokens of sequence b are written at offset[b] and see all before them.
+
+        With pages, B is 1 and the T tokens are those of many sequences, as `offset` (then a Ragged) says.
+        """
         weights, names = present(self, WEIGHTS)
         for name, head_norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             if head_norm is not None:
@@ -79,6 +105,7 @@ class Attention(nnx.Module):
         if cache is not None and axis_size("context") > 1:
             sequence = None  # the cache is not split by tokens
         tokens = (batch, "sequence" if sequence else None)
+        add_adapters(weights, names, WEIGHTS, adapters, (batch, None))
         turns = None if rope is None else ((*tokens, None, None),) * 2
         stream = (batch, sequence, None)
         if cache is None:
@@ -87,6 +114,12 @@ class Attention(nnx.Module):
             run = functools.partial(_attend, self.config, options, sequence)
             return sharded(run, (stream, turns, tokens, names), stream)(x, rope, segment_ids, weights), None
         assert offset is not None, "a cache needs the place of its new tokens"
+        if isinstance(cache, KVPages):
+            pool: Any = (None, "kv_heads", None, None, None)
+            scales: Any = None if cache.scales is None else ("kv_heads", None)
+            paged, places = KVPages(pool, scales), Ragged((None, None), (None,), (None,), ())  # type: ignore[arg-type]
+            run = functools.partial(_attend_paged, self.config, options, sequence)
+            return sharded(run, (stream, turns, paged, places, names), (stream, paged))(x, rope, cache, offset, weights)
         layer: Any = (batch, None, "kv_heads", None)
         kept = Cache(layer, layer)
         run = functools.partial(_attend_cached, self.config, options, sequence)
@@ -116,9 +149,16 @@ def _attend_cached(config: ModelConfig, options: dict, sequence: str | None, x, 
     return _project_out(out, sequence, w), cache
 
 
+def _attend_paged(config: ModelConfig, options: dict, sequence: str | None, x, rope, pages, at: Ragged, w: dict):
+    q, k, v = _project_in(config, gather_tokens(x, sequence), rope, w)
+    out, pages = pallas_kernels.paged_attention(q[0], k[0], v[0], pages, *at, **options)
+    return _project_out(out[None], sequence, w), pages
+
+
 def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None, w: dict[str, Any]):
     def one(name: str) -> Float[Array, "B T heads H"]:
-        y = project(x, whole(w[name], WEIGHTS[name], x.dtype))
+        y = project(x, whole(w[name], WEIGHTS[name], x.dtype)).reshape(*x.shape[:2], -1)
+        y = adapted(y, x, w, name).reshape(*x.shape[:2], -1, config.head_dim)
         if f"{name}_bias" in w:
             y = y + w[f"{name}_bias"].astype(x.dtype)
         if f"{name}_norm" in w:
@@ -129,7 +169,8 @@ def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None
 
 
 def _project_out(out: Float[Array, "B T N H"], sequence: str | None, w: dict[str, Any]) -> Float[Array, "B t D"]:
-    out = sum_over_tensor(project(out, whole(w["o"], WEIGHTS["o"], out.dtype), num_in=2), sequence)
+    y = project(out, whole(w["o"], WEIGHTS["o"], out.dtype), num_in=2)
+    out = sum_over_tensor(adapted(y, out.reshape(*out.shape[:2], -1), w, "o"), sequence)
     out = out + w["o_bias"].astype(out.dtype) if "o_bias" in w else out
     return checkpoint_name(out, "attention_out")
 

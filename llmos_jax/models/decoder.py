@@ -16,14 +16,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig
-from llmos_jax.models.attention import Attention, Cache
-from llmos_jax.models.layers import INIT_STD, Embed, Mlp, Norm, Stack, parameter, rope_tables
+from llmos_jax.models.attention import Attention, Cache, Ragged
+from llmos_jax.models.layers import INIT_STD, Adapters, Embed, Mlp, Norm, Stack, parameter, rope_tables
 from llmos_jax.models.moe import Moe
+from llmos_jax.models.quantized import QuantizedTensor, product
 from llmos_jax.sharding import constrain, sharding, token_dims
+from pallas_kernels import KVPages
 from pallas_kernels.dispatch import current_chip
 
 Params = dict[str, jax.Array]
-Unstacked = dict[str, jax.Array | tuple[jax.Array, ...]]  # a stack of layers as one array each
+Layer = jax.Array | QuantizedTensor
+Unstacked = dict[str, Layer | tuple[Layer, ...]]  # a stack of layers as one array each
 
 
 class Block(nnx.Module):
@@ -39,12 +42,12 @@ class Block(nnx.Module):
         self.moe = Moe(config, rngs, stack) if feed_forward == "moe" else None
         self.mlp_out_norm = Norm(config, rngs, stack) if config.sandwich_norm else None
 
-    def __call__(self, x, context: "Context", cache: Cache | None = None):
+    def __call__(self, x, context: "Context", cache: Cache | KVPages | None = None, adapters: Any = None):
         """x [B, T, D] -> (x, load-balance loss, cache)."""
         aux = jnp.zeros((), jnp.float32)
         with jax.named_scope("attention"):
             y, cache = self.attention(
-                self.attention_norm(x), context.rope[self.kind], context.segment_ids, cache, context.offset
+                self.attention_norm(x), context.rope[self.kind], context.segment_ids, cache, context.offset, adapters
             )
             x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
         with jax.named_scope("mlp" if self.moe is None else "moe"):
@@ -52,7 +55,7 @@ class Block(nnx.Module):
             if self.moe is not None:
                 y, aux = self.moe(y, context.token_mask)
             elif self.mlp is not None:
-                y = self.mlp(y)
+                y = self.mlp(y, adapters)
             x = x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
         return x, aux, cache
 
@@ -63,13 +66,13 @@ class Context(NamedTuple):
     rope: dict[str, tuple[Array, Array] | None]
     segment_ids: Int[Array, "B T"] | None
     token_mask: Float[Array, "B T"]
-    offset: Int[Array, "B"] | None
+    offset: Int[Array, "B"] | Ragged | None
 
 
 class Output(NamedTuple):
     hidden: Float[Array, "B T D"]  # after the last norm
     aux_loss: Float[Array, ""]  # mean load-balance loss of the MoE layers, 0 for a dense model
-    cache: tuple[Cache, ...] | None  # one a layer
+    cache: tuple[Cache | KVPages, ...] | None  # one a layer
 
 
 class Decoder(nnx.Module):
@@ -88,17 +91,21 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: tuple[Cache, ...] | None = None,
-        offset: Int[Array, "B"] | None = None,
+        cache: tuple[Cache | KVPages, ...] | None = None,
+        offset: Int[Array, "B"] | Ragged | None = None,
+        adapters: Adapters | None = None,
     ) -> Output:
         """Hidden states of `tokens`.
 
         Args:
           positions: of each token in its document; 0, 1, 2, ... (from `offset`) if None.
           segment_ids: documents packed into one row; a token sees its own only. 0 is padding.
-          cache, offset: decode. The T tokens of sequence b stand at offset[b]; the cache holds what came before.
+          cache, offset: decode. The T tokens of sequence b stand at offset[b]; the cache holds what came before. With
+            pages as cache, tokens are [1, T] of many sequences, `offset` says which, and `positions` are needed.
+          adapters: with a cache only.
         """
         if positions is None:
+            assert not isinstance(offset, Ragged), "a ragged batch needs positions"
             start = jnp.zeros((tokens.shape[0],), jnp.int32) if offset is None else offset
             positions = jnp.arange(tokens.shape[1]) + start[:, None]
         token_mask = jnp.ones(tokens.shape, jnp.float32) if segment_ids is None else (segment_ids > 0) * 1.0
@@ -108,23 +115,28 @@ class Decoder(nnx.Module):
         if cache is None:
             x, aux = self._scan(x, context)
         else:
-            x, aux, cache = self._unrolled(x, context, cache)
+            x, aux, cache = self._unrolled(x, context, cache, adapters)
         num_moe = sum(kind == "moe" for _, kind in self.config.layer_kinds)
         return Output(self.final_norm(x), aux / max(num_moe, 1), cache)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """In float32, for generation; training never builds them (see train/objectives.py)."""
         weight, transposed = self.output_weight()
-        weight = weight.astype(hidden.dtype)
-        logits = jnp.einsum(
-            "btd,vd->btv" if transposed else "btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32
-        )
+        if isinstance(weight, QuantizedTensor):
+            logits = product(hidden, weight, jnp.float32)
+        else:
+            logits = jnp.einsum(
+                "btd,vd->btv" if transposed else "btd,dv->btv",
+                hidden,
+                weight.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def output_weight(self) -> tuple[Array, bool]:
+    def output_weight(self) -> tuple[Array | QuantizedTensor, bool]:
         """The output projection and whether it is transposed, [V, D]: the embedding table where they are tied."""
-        return (self.embed.table[...], True) if self.head is None else (self.head.kernel[...], False)
+        return (self.embed.table.get_value(), True) if self.head is None else (self.head.kernel.get_value(), False)
 
     def _rope(self, positions):
         config = self.config
@@ -157,14 +169,15 @@ class Decoder(nnx.Module):
                 (x, aux), _ = body((x, aux), jax.tree.unflatten(structure, parts))
         return x, aux
 
-    def _unrolled(self, x, context: Context, cache: tuple[Cache, ...]):
+    def _unrolled(self, x, context: Context, cache: tuple[Cache | KVPages, ...], adapters: Adapters | None):
         aux = jnp.zeros((), jnp.float32)
-        caches: list[Cache | None] = []
+        caches: list[Cache | KVPages | None] = []
         for layer in range(self.config.num_layers):
             s, j, r = self.config.layer_slot(layer)
             graph, state = nnx.split(self.segments[s][j])
             values = {path: variable.get_value()[r] for path, variable in nnx.to_flat_state(state)}
-            x, extra, layer_cache = _merge(graph, values)(x, context, cache[layer])
+            own = None if adapters is None else (adapters.mask, adapters.layers[layer])
+            x, extra, layer_cache = _merge(graph, values)(x, context, cache[layer], own)
             aux = aux + extra
             caches.append(layer_cache)
         return x, aux, tuple(caches)

@@ -6,7 +6,7 @@ The forward pass always sees one layer's slice.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
+from llmos_jax.models.quantized import QuantizedTensor, look_up, product, split_dims
 from llmos_jax.sharding import axis_size, constrain, gather_tokens, sharded, sum_over_tensor, token_dims, whole
 from pallas_kernels.cpu import matmul
 
@@ -41,8 +42,40 @@ def out_std(config: ModelConfig) -> float:
 
 def present(module: nnx.Module, logical: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values, and the names of their dimensions, of those parameters of a table that `module` has."""
-    values = {name: getattr(module, name)[...] for name in logical if getattr(module, name) is not None}
-    return values, {name: logical[name] for name in values}
+    values = {name: getattr(module, name).get_value() for name in logical if getattr(module, name) is not None}
+    return values, {name: split_dims(value, logical[name]) for name, value in values.items()}
+
+
+class Adapters(NamedTuple):
+    """Low-rank additions to projections (LoRA, arXiv:2106.09685) of several adapters at once.
+
+    The A of all adapters stand side by side, their B one below another; a token's mask is 1 where its own adapter's
+    ranks are, so one pair of products serves a batch of any mixture. R is the ranks of all adapters together.
+    """
+
+    mask: Float[Array, "B T R"]
+    layers: tuple[dict[str, tuple[Array, Array]], ...]  # name of a projection -> A [in, R], B [R, out]
+
+
+def adapted(y: Array, x: Array, w: dict[str, Any], name: str) -> Array:
+    """y [B, T, out], the projection `name` of x [B, T, in], and what the adapters in `w` add to it."""
+    if f"{name}.a" not in w:
+        return y
+    low = matmul(x.reshape(-1, x.shape[-1]), w[f"{name}.a"]) * w["adapters"].reshape(-1, w["adapters"].shape[-1])
+    return y + matmul(low.astype(x.dtype), w[f"{name}.b"]).reshape(y.shape)
+
+
+def add_adapters(weights: dict, names: dict, logical: dict, adapters: tuple[Array, dict] | None, dims: tuple) -> None:
+    """Puts the adapters of one layer among its weights. `dims`: of the tokens."""
+    if adapters is None:
+        return
+    mask, layer = adapters
+    for name, (a, b) in layer.items():
+        if name in weights:
+            into = logical[name][0] if logical[name][0] in ("heads", "mlp") else None  # `whole` of what fsdp splits
+            weights |= {"adapters": mask, f"{name}.a": a, f"{name}.b": b}
+            out = None if into else logical[name][1]
+            names |= {"adapters": (*dims, None), f"{name}.a": (into, None), f"{name}.b": (None, out)}
 
 
 class Norm(nnx.Module):
@@ -89,7 +122,8 @@ class Embed(nnx.Module):
         batch, sequence = token_dims(tokens.shape)
         run = functools.partial(_look_up, self.dtype, sequence)
         ids = (batch, "sequence" if sequence else None)
-        x = sharded(run, (ids, ("vocab", "embed")), (batch, sequence, None))(tokens, self.table[...])
+        weights, names = present(self, {"table": ("vocab", "embed")})
+        x = sharded(run, (ids, names["table"]), (batch, sequence, None))(tokens, weights["table"])
         if self.scale is not None:
             # Rounded to the compute dtype first, as the published weights were trained.
             x = x * jnp.asarray(self.scale, self.dtype)
@@ -98,14 +132,14 @@ class Embed(nnx.Module):
         return constrain(x, batch, sequence, None)
 
 
-def _look_up(dtype, sequence: str | None, tokens: Int[Array, "B T"], table: Float[Array, "V D"]):
+def _look_up(dtype, sequence: str | None, tokens: Int[Array, "B T"], table: Float[Array, "V D"] | QuantizedTensor):
     """Each device of the tensor axis has the rows of its part of the vocabulary; the others add zeros."""
     table = whole(table, ("vocab", "embed"), dtype)
     if axis_size("tensor") == 1:
-        return table[tokens]
+        return look_up(table, tokens, dtype)
     row = tokens - jax.lax.axis_index("tensor") * table.shape[0]
     ours = (row >= 0) & (row < table.shape[0])
-    return sum_over_tensor(jnp.where(ours[..., None], table[jnp.where(ours, row, 0)], 0), sequence)
+    return sum_over_tensor(jnp.where(ours[..., None], look_up(table, jnp.where(ours, row, 0), dtype), 0), sequence)
 
 
 def activation(name: str, x: Array) -> Array:
@@ -114,14 +148,16 @@ def activation(name: str, x: Array) -> Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-def project(x: Array, weight: Array, num_in: int = 1) -> Array:
+def project(x: Array, weight: Array | QuantizedTensor, num_in: int = 1) -> Array:
     """x [B, T, *in] times weight [*in, *out] -> [B, T, *out]; `num_in` is the number of dimensions of `in`.
 
     Tokens become one dimension: a weight's gradient is then a plain product, which XLA's CPU backend computes several
-    times faster than one that contracts batch and sequence apart.
+    times faster than one that contracts batch and sequence apart. A quantized weight is a matrix, [in, out].
     """
-    size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
     tokens = x.shape[: x.ndim - num_in]
+    if isinstance(weight, QuantizedTensor):
+        return product(x.reshape(math.prod(tokens), -1), weight).reshape(*tokens, -1)
+    size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
     return matmul(x.reshape(-1, size), weight.reshape(size, -1)).reshape(*tokens, *out)
 
 
@@ -150,22 +186,27 @@ class Mlp(nnx.Module):
         self.up_bias = make("up_bias", (f,), 0.0) if config.mlp_bias else None
         self.down_bias = make("down_bias", (d,), 0.0) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], adapters: tuple[Array, dict] | None = None) -> Float[Array, "B T D"]:
         weights, names = present(self, MLP_WEIGHTS)
         stream = (*token_dims(x.shape), None)
+        add_adapters(weights, names, MLP_WEIGHTS, adapters, (stream[0], None))
         run = functools.partial(_mlp, self.config.activation, stream[1])
         return sharded(run, (stream, names), stream)(x, weights)
 
 
 def _mlp(act: str, sequence: str | None, x: Float[Array, "B T D"], w: dict[str, Any]) -> Float[Array, "B T D"]:
     """One device's part of the inside of the mlp, over all tokens of its tensor axis."""
-    weight = {name: whole(value, MLP_WEIGHTS[name], x.dtype) for name, value in w.items()}
+    weight = {name: whole(value, MLP_WEIGHTS[name], x.dtype) for name, value in w.items() if name in MLP_WEIGHTS}
     x = gather_tokens(x, sequence)
-    up = project(x, weight["up"])
+
+    def one(name: str, x: Array) -> Array:
+        return adapted(project(x, weight[name]), x, w, name)
+
+    up = one("up", x)
     up = checkpoint_name(up + weight["up_bias"] if "up_bias" in weight else up, "up")
-    gate = checkpoint_name(project(x, weight["gate"]), "gate") if "gate" in weight else None
+    gate = checkpoint_name(one("gate", x), "gate") if "gate" in weight else None
     hidden = activation(act, up) if gate is None else activation(act, gate) * up
-    out = sum_over_tensor(project(hidden, weight["down"]), sequence)
+    out = sum_over_tensor(one("down", hidden), sequence)
     return checkpoint_name(out + weight["down_bias"] if "down_bias" in weight else out, "mlp_out")
 
 
