@@ -1,0 +1,1 @@
+"""Serving: sequences, pages and the scheduler (no jax); the engine; the OpenAI-compatible server."""
