@@ -34,7 +34,7 @@ stamp=$venv/.installed
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
   echo "test.sh: installing into $venv" >&2
   "$python" -m venv "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check -e '.[dev]' "${extra[@]}"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check -e '.[dev,serve]' "${extra[@]}"
   touch "$stamp"
 fi
 

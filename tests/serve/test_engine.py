@@ -1,0 +1,204 @@
+"""The engine's answers are those of one sequence alone, whatever else happens around them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llmos_jax.models.generate import Generator
+from llmos_jax.serve.weights import served_params
+from tests import tiny
+from tests.serve import engines
+from tests.serve.engines import MODEL, SERVE, drive, request, tokens
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, MODEL.vocab_size, n).tolist() for n in (3, 17, 40, 9, 26, 5)]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return engines.runner()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Greedy answers by the generator, one sequence at a time over a dense cache."""
+    mesh = tiny.mesh()
+    generator = Generator(MODEL, tiny.params(MODEL), mesh)
+    return {(str(i), 0): list(generator(prompt, 12)) for i, prompt in enumerate(PROMPTS)}
+
+
+def requests(**fields):
+    return [request(str(i), prompt, **fields) for i, prompt in enumerate(PROMPTS)]
+
+
+def test_mixed_batches(runner, alone):
+    assert tokens(drive(engines.engine(runner), requests())) == alone
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 31])
+def test_chunks_of_every_size(runner, alone, chunk):
+    assert tokens(drive(engines.engine(runner, chunk=chunk), requests())) == alone
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_arrivals_between_steps(runner, alone, every):
+    assert tokens(drive(engines.engine(runner), requests(), every)) == alone
+
+
+@pytest.mark.parametrize("host_pages", [0, 64])
+def test_a_pool_so_small_that_sequences_are_preempted(runner, alone, host_pages):
+    engine = engines.engine(runner, num_pages=14, host_pages=host_pages)
+    assert tokens(drive(engine, requests())) == alone
+    stats = engine.stats()
+    assert stats["preemptions"] > 0 and (stats["swaps"] > 0) == bool(host_pages)
+    assert stats["used"] == 0
+
+
+def test_prefix_hits(runner, alone):
+    engine = engines.engine(runner)
+    drive(engine, requests())
+    again = drive(engine, requests())
+    assert tokens(again) == alone
+    assert again["2", 0][0].cached_tokens >= 36
+
+
+def test_several_answers_share_their_prompt(runner):
+    seeds = {
+        i: tokens(drive(engines.engine(runner), [request("x", PROMPTS[1], temperature=1.0, seed=7 + i)]))["x", 0]
+        for i in range(3)
+    }
+    engine = engines.engine(runner)
+    assert tokens(drive(engine, [request("x", PROMPTS[1], temperature=1.0, seed=7, n=3)])) == {
+        ("x", i): seeds[i] for i in seeds
+    }
+
+
+def test_seeds_decide_whatever_else_runs(runner):
+    drawn = [request(str(i), p, temperature=0.9, top_p=0.9, top_k=20, seed=i) for i, p in enumerate(PROMPTS)]
+    one_by_one = {}
+    for r in drawn:
+        one_by_one |= tokens(drive(engines.engine(runner), [r]))
+    assert tokens(drive(engines.engine(runner), drawn)) == one_by_one
+    assert tokens(drive(engines.engine(runner, num_pages=26, chunk=7), drawn, every=2)) == one_by_one
+
+
+def test_replay_goes_on_where_it_stopped(runner, alone):
+    for count in (1, 5, 11):
+        replayed = [dataclasses.replace(r, outputs=(tuple(alone[r.id, 0][:count]),)) for r in requests()]
+        rest = tokens(drive(engines.engine(runner), replayed))
+        assert {key: alone[key][:count] + rest[key] for key in alone} == alone
+
+
+def test_penalties_and_bias(runner, alone):
+    told = tokens(drive(engines.engine(runner), requests(repetition_penalty=1e6)))
+    for i, prompt in enumerate(PROMPTS):
+        assert not set(told[str(i), 0][1:]) & set(prompt) or len(set(prompt)) > 40
+        assert len(set(told[str(i), 0])) == 12
+    biased = tokens(drive(engines.engine(runner), requests(logit_bias=((5, 1e4),))))
+    assert all(set(answer) == {5} for answer in biased.values())
+
+
+def test_logprobs_of_answer_and_prompt(runner):
+    model = MODEL
+    generator = Generator(model, tiny.params(model), tiny.mesh())
+    told = drive(engines.engine(runner), requests(logprobs=3, prompt_logprobs=2), every=1)
+    for i, prompt in enumerate(PROMPTS):
+        outputs = told[str(i), 0]
+        answer = [t for o in outputs for t in o.tokens]
+        logits = np.asarray(generator.logits(prompt + answer), np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        got = [entry for o in outputs for entry in o.logprobs]
+        assert [entry.token for entry in got] == answer
+        for k, entry in enumerate(got):
+            row = expected[len(prompt) + k - 1]
+            assert abs(entry.logprob - row[entry.token]) < 1e-4
+            assert [t for t, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
+        of_prompt = outputs[0].prompt_logprobs
+        assert of_prompt[0] is None and len(of_prompt) == len(prompt)
+        for k, entry in enumerate(of_prompt[1:]):
+            assert entry.token == prompt[k + 1] and abs(entry.logprob - expected[k, prompt[k + 1]]) < 1e-4
+
+
+def test_speculation_changes_nothing():
+    serve = dataclasses.replace(SERVE, num_drafts=3, max_sequences=2)
+    built = engines.runner(serve=serve)
+    wanted = [request(str(i), (p[:4] * 5)[:20], 30) for i, p in enumerate(PROMPTS)]
+    wanted += [
+        dataclasses.replace(r, id=f"t{r.id}", sampling=dataclasses.replace(r.sampling, temperature=0.3, seed=3))
+        for r in wanted
+    ]
+    plain = tokens(drive(engines.engine(engines.runner(serve=dataclasses.replace(serve, num_drafts=0))), wanted))
+    engine = engines.engine(built)
+    assert tokens(drive(engine, wanted)) == plain
+    assert engine.stats()["accepted_tokens"] > 0
+
+
+def test_aborted_pages_are_free_at_once(runner):
+    engine = engines.engine(runner)
+    for r in requests():
+        engine.add(r)
+    engine.step()
+    engine.step()
+    for r in requests():
+        engine.abort(r.id)
+    assert engine.stats()["used"] == 0
+    assert engine.step() == []
+
+
+def test_embeddings_do_not_depend_on_the_batch(runner):
+    together = drive(engines.engine(runner), requests(embed=True, max_tokens=1))
+    for r in requests(embed=True, max_tokens=1):
+        (output,) = drive(engines.engine(runner), [r])[r.id, 0]
+        np.testing.assert_allclose(output.embedding, together[r.id, 0][0].embedding, atol=1e-5)
+        assert abs(np.linalg.norm(output.embedding) - 1) < 1e-5
+
+
+def test_nothing_is_compiled_after_ready(runner):
+    engine = engines.engine(runner)
+    engine.start()
+    wanted = [*requests(), *(dataclasses.replace(r, id=f"p{r.id}") for r in requests(logprobs=2, presence_penalty=1.0))]
+    drive(engine, wanted)
+    assert engine.stats()["compilations"] == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights(quantize):
+    model = tiny.model(max_seq_len=128, embed_dim=128, mlp_dim=256, head_dim=16, num_kv_heads=4)
+    full = engines.runner(model)
+    built = engines.runner(dataclasses.replace(model, quantize=quantize))
+    exact, told = (drive(engines.engine(b), requests(logprobs=0)) for b in (full, built))
+    for key in exact:
+        first, other = exact[key][0].logprobs[0], told[key][0].logprobs[0]
+        assert abs(first.logprob - other.logprob) < 0.6
+
+
+@pytest.mark.parametrize("dtype", ["int8"])
+def test_quantized_pages(runner, dtype):
+    built = engines.runner(serve=dataclasses.replace(SERVE, kv_dtype=dtype))
+    exact, told = (drive(engines.engine(b), requests(logprobs=0)) for b in (runner, built))
+    for key in exact:
+        assert abs(exact[key][0].logprobs[0].logprob - told[key][0].logprobs[0].logprob) < 0.1
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"tensor": 2, "data": 1}])
+def test_tensor_parallel(alone, axes):
+    built = engines.runner(mesh=tiny.mesh(**axes))
+    assert tokens(drive(engines.engine(built), requests())) == alone
+
+
+def test_experts_over_a_mesh():
+    model = dataclasses.replace(tiny.MOE, max_seq_len=128)
+    one = tokens(drive(engines.engine(engines.runner(model)), requests()))
+    built = engines.runner(model, mesh=tiny.mesh(expert=4, tensor=2))
+    assert tokens(drive(engines.engine(built), requests())) == one
+
+
+def test_served_params_are_the_same_layer_by_layer():
+    params = tiny.params(MODEL)
+    served = served_params(MODEL, dict(params), tiny.mesh())
+    for path, value in params.items():
+        parts = served[path] if isinstance(served[path], tuple) else (served[path],)
+        stack = np.asarray(value) if isinstance(served[path], tuple) else np.asarray(value)[None]
+        assert all(np.array_equal(np.asarray(part), stack[i]) for i, part in enumerate(parts))
