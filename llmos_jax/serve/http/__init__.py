@@ -1,0 +1,1 @@
+"""The HTTP side of serving: OpenAI-compatible routes, keys, quotas, audit, metrics, the page."""
