@@ -15,6 +15,7 @@ from typing import Any
 
 from llmos_jax import __version__
 from llmos_jax.config import UserError
+from llmos_jax.serve.arguments import add_commands
 
 
 def say(message: str) -> None:
@@ -309,6 +310,55 @@ def cache(args: argparse.Namespace) -> int:
     return answer(args, value, show)
 
 
+def serve(args: argparse.Namespace) -> int:
+    from llmos_jax.serve.command import run_serve
+
+    return run_serve(args, say)
+
+
+def keys(args: argparse.Namespace) -> int:
+    from llmos_jax.runtime.terminal import table
+    from llmos_jax.serve.command import run_keys
+
+    value = run_keys(args)
+
+    def show() -> None:
+        if args.action == "list":
+            columns = ("id", "name", "tenant", "scopes", "revoked")
+            table(columns, [[str(key.get(column, "")) for column in columns] for key in value["keys"]])
+        elif args.action == "create":
+            print(value["key"])
+            say(f"key {value['id']} of {value['name']}; it is shown this once")
+        else:
+            print(f"revoked {args.key}")
+
+    return answer(args, value, show)
+
+
+def audit(args: argparse.Namespace) -> int:
+    from llmos_jax.serve.command import run_audit
+
+    value, intact = run_audit(args)
+    told = f"{value['rows']} rows, as they were written" if intact else f"row {value['row']}: {value['reason']}"
+    answer(args, value, lambda: print(told))
+    return 0 if intact else 3
+
+
+def replay(args: argparse.Namespace) -> int:
+    from llmos_jax.serve.command import run_replay
+
+    value = run_replay(args, say)
+    answer(args, value, lambda: print("the same tokens" if value["same"] else "other tokens than were logged"))
+    return 0 if value["same"] else 3
+
+
+def bench(args: argparse.Namespace) -> int:
+    from llmos_jax.serve.command import run_bench
+
+    value, show = run_bench(args, say)
+    return answer(args, value, show)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmos",
@@ -401,6 +451,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prune", action="store_true", help="remove what is over the size limit, or what is named below")
     sub.add_argument("--older-than", type=_not_negative, metavar="DAYS", help="with --prune: not used for so long")
     sub.add_argument("--all", action="store_true", help="with --prune: everything")
+
+    def later(name: str, function: str, summary: str) -> argparse.ArgumentParser:
+        return command(name, globals()[function], summary)
+
+    add_commands(later, _positive)
     return parser
 
 

@@ -111,7 +111,7 @@ def token_dims(shape: tuple[int, ...]) -> Logical:
 # that a layer's backward pass has the same few: what is gathered forward is summed and scattered backward.
 
 
-def whole(weight: jax.Array, logical: Logical, dtype) -> jax.Array:
+def whole(weight: Any, logical: Logical, dtype) -> Any:
     """A weight in `dtype` with the dimensions that `fsdp` splits gathered; those of other axes stay split.
 
     A quantized weight (a pytree of arrays) is for serving, where `fsdp` splits nothing, and stays as it is.

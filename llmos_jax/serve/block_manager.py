@@ -166,6 +166,11 @@ class BlockManager:
             known.append(digest.digest())
         return known[i]
 
+    def forget(self) -> None:
+        """Empties the prefix cache of blocks that nobody references: their content is lost."""
+        while self._unused:
+            self._evict()
+
     # Swapping.
 
     def swap_out(self, sequence: Sequence, num_blocks: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ has not seen.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from llmos_jax.compiler.watch import CompileWatch
+from llmos_jax.config import UserError
+from llmos_jax.serve.adapters import Adapter
+from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.request import Output, Request, Token, TokenLogprobs
 from llmos_jax.serve.runner import Drawn, Row, Runner
 from llmos_jax.serve.sampling import Penalties
@@ -54,11 +58,13 @@ class Engine:
         self, runner: Runner, scheduler: Scheduler, vocabulary: Vocabulary | None = None, poison: tuple[Token, ...] = ()
     ):
         """vocabulary: for answers that follow a grammar."""
-        self._runner, self._scheduler, self._vocabulary, self._poison = runner, scheduler, vocabulary, poison
+        self.runner, self._scheduler, self._vocabulary, self._poison = runner, scheduler, vocabulary, poison
         self._answers: dict[Sequence, _Answer] = {}
         self._flight: _Flight | None = None
+        self._last_steps: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
         self._ready: list[Output] = []  # told without a step
         self.adapters: dict[str, int] = {}  # name -> slot
+        self._generations: dict[str, int] = {}  # how many adapters of a name there have been
         self._watch = CompileWatch()
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "generated_tokens", "draft_tokens", "accepted_tokens"), 0
@@ -69,6 +75,37 @@ class Engine:
     def has_work(self) -> bool:
         return self._flight is not None or self._scheduler.has_work or bool(self._ready)
 
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the requests that the next step may touch."""
+        return frozenset(sequence.request.id for sequence in self._scheduler.running)
+
+    @property
+    def in_step(self) -> frozenset[str]:
+        """Ids of the requests of the two steps that were planned last: one may be in flight."""
+        return self._last_steps[0] | self._last_steps[1]
+
+    def about(self) -> dict[str, Any]:
+        """What a router needs to know: sizes, and what its memory is."""
+        return {
+            "page_size": self.runner.serve.page_size,
+            "pages": self._scheduler.blocks.num_blocks,
+        } | self.runner.memory
+
+    def rebuilt(self) -> "Engine":
+        """An engine without any request over the same programs and weights. Adapters stay loaded."""
+        self.close()
+        self.runner.reset()
+        scheduler = self._scheduler
+        blocks = scheduler.blocks
+        fresh = BlockManager(blocks.num_blocks, blocks.block_size, blocks.num_host_blocks)
+        engine = Engine(
+            self.runner, Scheduler(scheduler.limits, fresh, scheduler.costs), self._vocabulary, self._poison
+        )
+        engine.adapters, engine._generations, engine._counts = self.adapters, self._generations, self._counts
+        engine.start()
+        return engine
+
     def start(self) -> None:
         """From here on a compilation is an event that is counted."""
         self._watch.start()
@@ -76,10 +113,17 @@ class Engine:
     def close(self) -> None:
         self._watch.stop()
 
-    def add(self, request: Request) -> None:
-        """Accepts a request. Raises ValueError, one sentence, for one that can never be answered."""
+    def check(self, request: Request) -> None:
+        """Raises ValueError, one sentence, for a request that can never be answered."""
         if request.adapter and request.adapter not in self.adapters:
             raise ValueError(f"adapter {request.adapter} is not loaded; load it first")
+
+    def add(self, request: Request) -> None:
+        """Accepts a request. Raises ValueError, one sentence, for one that can never be answered."""
+        self.check(request)
+        if request.adapter:  # pages computed with an adapter of that name that was loaded before are not for this one
+            generation = self._generations[request.adapter]
+            request = dataclasses.replace(request, salt=f"{request.salt}/{generation}")
         structures = [self._structure(request, index) for index in range(request.n)]  # a schema may be refused
         for sequence in self._scheduler.add(request):
             if sequence.finish is not None:
@@ -104,9 +148,41 @@ class Engine:
             told.append(Output(sequence.request.id, sequence.index, finish="error", error=message, status=504))
         if flight is None:
             return told
-        if not self._runner.serve.num_drafts and self._scheduler.runs_ahead:
+        if not self.runner.serve.num_drafts and self._scheduler.runs_ahead:
             self._flight = self._launch()
         return told + self._collect(flight)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Raises UserError where it does not fit or no slot is free. One of the same name is replaced."""
+        slots = self.runner.serve.max_adapters
+        free = set(range(slots)) - set(self.adapters.values())
+        slot = self.adapters.get(adapter.name, min(free, default=None))
+        if slot is None:
+            raise UserError(
+                f"{slots} adapters are loaded already; unload one"
+                if slots
+                else "this server takes no adapters; start it with --max-adapters"
+            )
+        self.runner.set_adapter(slot, adapter)
+        self.adapters[adapter.name] = slot
+        self._generations[adapter.name] = self._generations.get(adapter.name, 0) + 1
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises UserError where there is none of that name, or it is in use."""
+        if name not in self.adapters:
+            raise UserError(f"no adapter {name} is loaded")
+        if any(sequence.request.adapter == name for sequence in self._answers):
+            raise UserError(f"the adapter {name} is in use; wait for its answers to end")
+        self.runner.set_adapter(self.adapters.pop(name), None)
+
+    def sleep(self) -> None:
+        """Gives up the devices' memory. Nothing may be running."""
+        assert not self.has_work, "an engine with work cannot sleep"
+        self._scheduler.blocks.forget()
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        self.runner.wake()
 
     def stats(self) -> dict[str, Any]:
         return (
@@ -114,7 +190,7 @@ class Engine:
         )
 
     def _answer(self, sequence: Sequence, structure: Structure | None) -> _Answer:
-        request, serve = sequence.request, self._runner.serve
+        request, serve = sequence.request, self.runner.serve
         sampling = request.sampling
         given = sequence.tokens[sequence.num_prompt :]
         penalties = Penalties(sampling, request.prompt) if sampling.adjusts_logits or sampling.logit_bias else None
@@ -140,6 +216,8 @@ class Engine:
         step = self._scheduler.schedule()
         if step is None:
             return None
+        ids = frozenset(chunk.sequence.request.id for chunk in step.chunks)
+        self._last_steps = self._last_steps[1], ids
         rows: list[Row] = []
         spans, at = [], 0
         for chunk in step.chunks:
@@ -149,10 +227,10 @@ class Engine:
             rows += self._rows(chunk, at)
             spans.append(range(first, len(rows)))
         self._counts["steps"] += 1
-        return _Flight(step, rows, spans, self._runner.run(step, rows, self.adapters))
+        return _Flight(step, rows, spans, self.runner.run(step, rows, self.adapters))
 
     def _propose(self) -> None:
-        if not self._runner.serve.num_drafts:
+        if not self.runner.serve.num_drafts:
             return
         for sequence in list(self._scheduler.running):
             answer = self._answers.get(sequence)

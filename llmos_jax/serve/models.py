@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -55,7 +57,7 @@ class Resolved(NamedTuple):
 def resolve(wanted: ServedModel, platform: str) -> Resolved:
     """Raises UserError where there is no such model or the settings do not fit it."""
     source = opening.find(wanted.reference)
-    dtype = wanted.dtype or "bfloat16"
+    dtype = wanted.dtype or default_dtype(platform)
     model = dataclasses.replace(opening.for_inference(source.model, dtype), quantize=wanted.quantize)
     serve = cache.resolve_kv_dtype(model, wanted.serve, platform)
     length = serve.max_model_len or model.max_seq_len
@@ -67,6 +69,14 @@ def resolve(wanted: ServedModel, platform: str) -> Resolved:
             "running sequence takes a token in each step; raise it"
         )
     return Resolved(source, model, dataclasses.replace(serve, max_model_len=length))
+
+
+def default_dtype(platform: str) -> str:
+    """bfloat16, but float32 on a CPU that has no products of bfloat16."""
+    if platform != "cpu" or sys.platform != "linux":
+        return "float32" if platform == "cpu" else "bfloat16"
+    flags = Path("/proc/cpuinfo").read_text()
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
 def build_engine(

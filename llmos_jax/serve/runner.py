@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, ServeConfig, UserError
 from llmos_jax.serve import cache, forward, sampling
+from llmos_jax.serve.adapter_slots import Adapters
+from llmos_jax.serve.adapters import Adapter
 from llmos_jax.serve.request import Sampling
 from llmos_jax.serve.scheduler import Step
 from llmos_jax.sharding import replicated
@@ -82,11 +84,15 @@ class Runner:
     def __init__(self, model: ModelConfig, serve: ServeConfig, mesh: Mesh, params: Any, say: Say = lambda _: None):
         self.model, self.serve, self.mesh = model, serve, mesh
         self._params = params
+        self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._shapes = forward.shapes(model, serve)
         self._num_adjusted = min(model.vocab_size, self.max_model_len + MAX_BIAS)
-        self._layers = None  # of adapters
+        self._adapters = Adapters(model, serve, mesh) if serve.max_adapters else None
+        self._layers = None if self._adapters is None else self._adapters.layers()
         self._programs = self._compile(say)
         self._pool: cache.Pool = ()
+        self._scales: list[np.ndarray] | None = None
+        self._resting: Any = None  # weights on the host while it sleeps
         self._mover = cache.Mover({k: self._programs[k] for k in ("copy", "read", "write")}, serve.num_pages)
         self._whole = replicated(mesh)
         self._last = jax.device_put(np.zeros(serve.max_sequences, np.int32), self._whole)
@@ -105,7 +111,7 @@ class Runner:
         """Bytes a device: weights, pages, temporaries of the largest program."""
         pages = cache.page_bytes(self.model, self.serve) * self.serve.num_pages
         temporary = max(e.memory.temp for k, e in self._programs.items() if isinstance(k, forward.Shape))
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        weights = self._weight_bytes
         return {"weights": weights, "pages": pages, "temporaries": temporary}
 
     def _compile(self, say: Say) -> dict[Any, Executable]:
@@ -113,7 +119,9 @@ class Runner:
         pool = cache.abstract_pool(self.model, self.serve, self.mesh)
         programs: dict[Any, Program] = dict(cache.move_programs(pool, self.mesh))
         for shape in reversed(self._shapes):
-            programs[shape] = forward.forward_program(self.model, shape, self.mesh, params, pool)
+            programs[shape] = forward.forward_program(
+                self.model, shape, self.mesh, params, pool, abstract(self._layers), self.serve.adapter_rank
+            )
         for rows in {shape.rows for shape in self._shapes}:
             for full in (False, True):
                 programs[rows, full] = forward.draw_program(
@@ -136,7 +144,38 @@ class Runner:
 
     def allocate(self, scales: list[np.ndarray] | None = None) -> None:
         """Takes the memory of the pages."""
+        self._scales = scales
         self._pool = cache.empty_pool(cache.abstract_pool(self.model, self.serve, self.mesh), scales)
+
+    @property
+    def bytes(self) -> int:
+        """Of all devices together, weights and pages."""
+        return self.memory["weights"] + self.memory["pages"]
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Puts an adapter into a slot, or empties it. Raises UserError where its rank is too large."""
+        assert self._adapters is not None, "there are no adapter slots"
+        self._adapters.put(slot, adapter)
+        self._layers = self._adapters.layers()
+
+    def reset(self) -> None:
+        """New pages, after a step that failed may have lost the old ones."""
+        if self._resting is None:
+            self._pool = ()
+            self.allocate(self._scales)
+        self._last = jax.device_put(np.zeros(self.serve.max_sequences, np.int32), self._whole)
+
+    def sleep(self) -> None:
+        """Gives up the devices' memory: weights go to the host, pages are dropped. The programs stay."""
+        places = jax.tree.map(lambda x: x.sharding, self._params)
+        self._resting = jax.tree.map(np.asarray, self._params), places
+        self._params, self._pool = None, ()
+
+    def wake(self) -> None:
+        weights, places = self._resting
+        self._params = jax.tree.map(jax.device_put, weights, places)
+        self._resting = None
+        self.allocate(self._scales)
 
     def calibrate(self, tokens: list[int]) -> list[np.ndarray]:
         """The scales of pages in int8 or float8, [K, 2] a layer, from the largest keys and values of a text."""

@@ -32,6 +32,7 @@ def causal_lm(config: RunConfig, params: Params, batch: Batch) -> Sums:
     model = bind(config.model, params)
     output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     weight, transposed = model.output_weight()
+    assert isinstance(weight, jax.Array), "quantized weights are not trained"
     mask = batch["loss_mask"].astype(jnp.float32)
     loss, nll = _cross_entropy(config, output.hidden, weight, transposed, batch["targets"], mask)
     return Sums(loss, nll, jnp.sum(mask), output.aux_loss)
