@@ -45,6 +45,9 @@ def _serve(sub: argparse.ArgumentParser, positive: Number) -> None:
     group.add_argument("--host-pages", type=positive, help="pages in host memory, to which sequences are swapped")
     group.add_argument("--memory-share", type=float, help="of a device's memory (default 0.9)")
     group.add_argument("--num-drafts", type=positive, help="tokens guessed ahead by looking up n-grams of the text")
+    group.add_argument(
+        "--draft-model", metavar="MODEL", help="a small model of the same vocabulary that guesses instead"
+    )
     group.add_argument("--max-adapters", type=positive, help="LoRA adapters loaded at once")
     group.add_argument("--adapter-rank", type=positive, help="largest rank of an adapter (default 16)")
     group.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="load it at the start")

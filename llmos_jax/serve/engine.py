@@ -18,6 +18,7 @@ from llmos_jax.compiler.watch import CompileWatch
 from llmos_jax.config import UserError
 from llmos_jax.serve.adapters import Adapter
 from llmos_jax.serve.block_manager import BlockManager
+from llmos_jax.serve.draft import DraftModel
 from llmos_jax.serve.request import Output, Request, Token, TokenLogprobs
 from llmos_jax.serve.runner import Drawn, Row, Runner
 from llmos_jax.serve.sampling import Penalties
@@ -55,10 +56,16 @@ class Engine:
     """poison: token ids; a step with a request whose prompt contains them in a row raises. For tests of fault handling."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, vocabulary: Vocabulary | None = None, poison: tuple[Token, ...] = ()
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        vocabulary: Vocabulary | None = None,
+        draft: DraftModel | None = None,
+        poison: tuple[Token, ...] = (),
     ):
-        """vocabulary: for answers that follow a grammar."""
+        """vocabulary: for answers that follow a grammar. draft: guesses tokens, in place of the look-up of n-grams."""
         self.runner, self._scheduler, self._vocabulary, self._poison = runner, scheduler, vocabulary, poison
+        self._draft = draft
         self._answers: dict[Sequence, _Answer] = {}
         self._flight: _Flight | None = None
         self._last_steps: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
@@ -95,13 +102,13 @@ class Engine:
     def rebuilt(self) -> "Engine":
         """An engine without any request over the same programs and weights. Adapters stay loaded."""
         self.close()
-        self.runner.reset()
+        for runner in self._runners:
+            runner.reset()
         scheduler = self._scheduler
         blocks = scheduler.blocks
         fresh = BlockManager(blocks.num_blocks, blocks.block_size, blocks.num_host_blocks)
-        engine = Engine(
-            self.runner, Scheduler(scheduler.limits, fresh, scheduler.costs), self._vocabulary, self._poison
-        )
+        renewed = Scheduler(scheduler.limits, fresh, scheduler.costs)
+        engine = Engine(self.runner, renewed, self._vocabulary, self._draft, self._poison)
         engine.adapters, engine._generations, engine._counts = self.adapters, self._generations, self._counts
         engine.start()
         return engine
@@ -179,10 +186,21 @@ class Engine:
         """Gives up the devices' memory. Nothing may be running."""
         assert not self.has_work, "an engine with work cannot sleep"
         self._scheduler.blocks.forget()
-        self.runner.sleep()
+        for runner in self._runners:
+            runner.sleep()
 
     def wake(self) -> None:
-        self.runner.wake()
+        for runner in self._runners:
+            runner.wake()
+
+    @property
+    def bytes(self) -> int:
+        """That it takes of all devices together while it is awake."""
+        return sum(runner.bytes for runner in self._runners)
+
+    @property
+    def _runners(self) -> list[Runner]:
+        return [self.runner, *([] if self._draft is None else [self._draft.runner])]
 
     def stats(self) -> dict[str, Any]:
         return (
@@ -196,7 +214,8 @@ class Engine:
         penalties = Penalties(sampling, request.prompt) if sampling.adjusts_logits or sampling.logit_bias else None
         if penalties is not None:
             penalties.extend(given)
-        ngrams = Ngrams(MIN_NGRAM, MAX_NGRAM, serve.num_drafts) if serve.num_drafts else None
+        looks_up = serve.num_drafts > 0 and self._draft is None
+        ngrams = Ngrams(MIN_NGRAM, MAX_NGRAM, serve.num_drafts) if looks_up else None
         if ngrams is not None:
             ngrams.extend(sequence.tokens)
         answer = _Answer(structure, penalties, ngrams, told=bool(given))
@@ -227,16 +246,25 @@ class Engine:
             rows += self._rows(chunk, at)
             spans.append(range(first, len(rows)))
         self._counts["steps"] += 1
-        return _Flight(step, rows, spans, self.runner.run(step, rows, self.adapters))
+        drawn = self.runner.run(step, rows, self.adapters)
+        if self._draft is not None:
+            self._draft.follow(step)
+        return _Flight(step, rows, spans, drawn)
 
     def _propose(self) -> None:
         if not self.runner.serve.num_drafts:
             return
-        for sequence in list(self._scheduler.running):
-            answer = self._answers.get(sequence)
-            if answer is None or answer.ngrams is None or sequence.num_output == 0:
-                continue
-            sequence.drafts = answer.ngrams.propose()
+        deciding = [
+            sequence
+            for sequence in self._scheduler.running
+            if sequence in self._answers and sequence.num_computed == len(sequence.tokens) - 1
+        ]
+        if self._draft is not None:
+            self._draft.propose(deciding)
+        for sequence in deciding:
+            answer = self._answers[sequence]
+            if answer.ngrams is not None:
+                sequence.drafts = answer.ngrams.propose()
             if answer.structure is not None:
                 with self._contained(sequence):
                     answer.masks = answer.structure.masks_along(sequence.drafts)

@@ -18,6 +18,7 @@ from llmos_jax.data.tokenizer import Tokenizer
 from llmos_jax.models.quantized import check_quantize
 from llmos_jax.serve import cache
 from llmos_jax.serve.block_manager import BlockManager
+from llmos_jax.serve.draft import DraftModel
 from llmos_jax.serve.engine import Engine
 from llmos_jax.serve.request import Token
 from llmos_jax.serve.runner import Runner, fit_pages
@@ -98,9 +99,34 @@ def build_engine(
     quantized_pages = cache.page_dtype(serve).itemsize == 1
     runner.allocate(runner.calibrate(_calibration(tokenizer, serve)) if quantized_pages else None)
     seconds = runner.warm_up()
-    engine = Engine(runner, _scheduler(model, serve, seconds), _vocabulary(tokenizer, model), poison)
+    draft = _draft_model(serve, model, mesh, wanted.dtype, say) if serve.draft_model else None
+    engine = Engine(runner, _scheduler(model, serve, seconds), _vocabulary(tokenizer, model), draft, poison)
     say(f"{wanted.name} is ready after {time.perf_counter() - started:.1f} s")
     return engine
+
+
+def _draft_model(serve: ServeConfig, model: ModelConfig, mesh: Mesh, dtype: str, say: Say) -> DraftModel:
+    """Raises UserError where it has another vocabulary."""
+    platform = mesh.devices.flat[0].platform
+    wanted = ServedModel(
+        "draft", serve.draft_model, dataclasses.replace(serve, max_model_len=0, kv_dtype="auto"), dtype
+    )
+    source, small, sizes = resolve(wanted, platform)
+    if small.vocab_size != model.vocab_size:
+        raise UserError(
+            f"the draft model has {small.vocab_size} tokens and the model {model.vocab_size}; use one with the same ones"
+        )
+    if small.max_seq_len < serve.max_model_len:
+        raise UserError(
+            f"the draft model's context is {small.max_seq_len}, less than max_model_len={serve.max_model_len}; lower it"
+        )
+    sizes = dataclasses.replace(
+        sizes, max_model_len=serve.max_model_len, num_pages=serve.num_pages, num_drafts=0, max_adapters=0
+    )
+    runner = Runner(small, sizes, mesh, served_params(small, opening.weights_of(source, small, mesh), mesh), say)
+    runner.allocate()
+    runner.warm_up()
+    return DraftModel(runner, serve.num_drafts)
 
 
 def _mesh(config: MeshConfig) -> Mesh:

@@ -43,7 +43,7 @@ class Residents:
 
     def put(self, name: str, engine: Engine) -> None:
         """Adds a model that is awake; others go to sleep for it."""
-        self.models[name] = Resident(engine, engine.runner.bytes)
+        self.models[name] = Resident(engine, engine.bytes)
         while self._awake_bytes() > self._capacity and (victim := self._victim(but=name)) is not None:
             self.sleep(victim)
 

@@ -233,7 +233,7 @@ class Runner:
             given.tokens[at:end] = [*known, *sequence.drafts[: chunk.num_drafts]] if chunk.num_drafts else known
             given.positions[at:end] = np.arange(chunk.start, chunk.start + chunk.num_tokens)
             if sequence.request.adapter:
-                given.adapter[at:end] = adapters[sequence.request.adapter]
+                given.adapter[at:end] = adapters.get(sequence.request.adapter, -1)
             given.lengths[index] = chunk.start + chunk.num_tokens
             given.starts[index + 1] = at = end
             self._tables.update(sequence, chunk.start, chunk.start + chunk.num_tokens, moved)

@@ -2,10 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from llmos_jax.config import UserError
 from llmos_jax.models.generate import Generator
+from llmos_jax.serve.adapters import Adapter
+from llmos_jax.serve.draft import DraftModel
+from llmos_jax.serve.resident import Residents
 from llmos_jax.serve.weights import served_params
 from tests import tiny
 from tests.serve import engines
@@ -132,6 +137,95 @@ def test_speculation_changes_nothing():
     engine = engines.engine(built)
     assert tokens(drive(engine, wanted)) == plain
     assert engine.stats()["accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_model_changes_nothing(alone, seed):
+    """seed 0 is the model itself, whose guesses are right as long as the answer is greedy; 1 is another one."""
+    built = engines.runner(serve=dataclasses.replace(SERVE, num_drafts=3, max_sequences=2))
+    small = engines.runner(serve=dataclasses.replace(SERVE, max_sequences=2), seed=seed)
+    for num_pages in (96, 26):
+        engine = engines.engine(built, num_pages=num_pages, chunk=7, draft=DraftModel(small, 3))
+        assert tokens(drive(engine, requests(), every=2)) == alone
+        stats = engine.stats()
+        if seed == 0:
+            assert stats["accepted_tokens"] > 0.9 * stats["draft_tokens"]
+        else:
+            assert 0 < stats["draft_tokens"] > stats["accepted_tokens"]
+
+
+def test_adapters_are_mixed_in_one_batch():
+    serve = dataclasses.replace(SERVE, max_adapters=2, adapter_rank=4)
+    built = engines.runner(serve=serve)
+    rng = np.random.default_rng(1)
+    sizes = {"q": (16, 32), "v": (16, 16), "o": (32, 16), "gate": (16, 32), "down": (32, 16)}
+
+    def adapter(name, rank):
+        layers = [
+            {key: (rng.normal(size=(i, rank)), rng.normal(size=(rank, o)) * 0.3) for key, (i, o) in sizes.items()}
+            for _ in range(MODEL.num_layers)
+        ]
+        return Adapter(name, rank, tuple(layers))
+
+    def merged(one):
+        params = {path: np.array(value) for path, value in tiny.params(MODEL).items()}
+        for layer, pairs in enumerate(one.layers):
+            for key, (a, b) in pairs.items():
+                part = "mlp" if key in ("gate", "up", "down") else "attention"
+                weight = params[f"segments.0.0.{part}.{key}"]
+                weight[layer] += (a @ b).reshape(weight[layer].shape)
+        return {path: jax.numpy.asarray(value) for path, value in params.items()}
+
+    adapters = {"a": adapter("a", 4), "b": adapter("b", 2)}
+    engine = engines.engine(built)
+    for one in adapters.values():
+        engine.load_adapter(one)
+    wanted = [
+        request(f"{name}{i}", prompt, adapter=name) for i, prompt in enumerate(PROMPTS) for name in ("", "a", "b")
+    ]
+    told = tokens(drive(engine, wanted))
+    for name in ("", "a", "b"):
+        params = merged(adapters[name]) if name else tiny.params(MODEL)
+        generator = Generator(MODEL, params, tiny.mesh())
+        for i, prompt in enumerate(PROMPTS):
+            assert told[f"{name}{i}", 0] == list(generator(prompt, 12)), (name, i)
+    engine.unload_adapter("a")
+    with pytest.raises(ValueError, match="not loaded"):
+        engine.add(request("x", [1, 2], adapter="a"))
+    with pytest.raises(UserError, match="rank 8"):
+        engine.load_adapter(adapter("c", 8))
+
+
+def test_models_take_turns_in_memory_for_one():
+    one, other = engines.runner(), engines.runner(seed=5)
+    alone = {}
+    for name, built in (("one", one), ("other", other)):
+        alone |= {f"{name}{key[0]}": told for key, told in tokens(drive(engines.engine(built), requests())).items()}
+    residents = Residents(capacity=one.bytes * 1.5)
+    residents.put("one", engines.engine(one))
+    residents.put("other", engines.engine(other))
+    assert residents.models["one"].asleep and not residents.models["other"].asleep
+    told = {}
+    for i in range(len(PROMPTS)):
+        for name in ("one", "other"):
+            residents.add(dataclasses.replace(requests()[i], id=f"{name}{i}", model=name))
+        for _ in range(3):
+            for output in residents.step():
+                told.setdefault(output.id, []).extend(output.tokens)
+    while residents.has_work:
+        for output in residents.step():
+            told.setdefault(output.id, []).extend(output.tokens)
+        assert sum(not model.asleep for model in residents.models.values()) <= 1
+    assert told == alone
+
+
+def test_a_rebuilt_engine_answers_as_before(runner, alone):
+    engine = engines.engine(runner, poison=(5, 5, 5))
+    engine.add(request("bad", [1, 5, 5, 5, 2]))
+    with pytest.raises(RuntimeError, match="poisoned"):
+        engine.step()
+    assert engine.in_step == {"bad"}
+    assert tokens(drive(engine.rebuilt(), requests())) == alone
 
 
 def test_aborted_pages_are_free_at_once(runner):
