@@ -1,5 +1,6 @@
 """`tokenizers` objects (`tokenizer.json`), built from a file, from a GGUF's lists, or by training."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class JsonBackend:
         for one in (self.with_special, self.plain):
             one.no_padding()
             one.no_truncation()
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+        self.controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, special: bool) -> list[int]:

@@ -32,7 +32,7 @@ class SentencePieceBackend:
         self.ids = {self.first.id_to_piece(i): i for i in self.special if i < num_pieces}
         self.ids |= {text: i for i, text in self.added.items()}
         names = sorted(self.ids, key=len, reverse=True)
-        self.any_special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self.controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self.vocab_size = max([num_pieces, *(i + 1 for i in self.added)])
 
     def encode(self, text: str, special: bool) -> list[int]:
@@ -40,7 +40,7 @@ class SentencePieceBackend:
             return self.first.encode(text)
         ids: list[int] = []
         end = 0
-        for match in self.any_special.finditer(text):
+        for match in self.controls.finditer(text):
             ids += self._plain(text[end : match.start()], end == 0)
             ids.append(self.ids[match[0]])
             end = match.end()

@@ -6,6 +6,7 @@ One class for a `tokenizer.json`, a SentencePiece model, the tokenizer inside a 
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ GgufFields = Callable[[Path], Mapping[str, Any]]
 
 class Backend(Protocol):
     vocab_size: int
+    controls: re.Pattern[str]  # the texts of control tokens
 
     def encode(self, text: str, special: bool) -> list[int]: ...
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
@@ -97,8 +99,17 @@ class Tokenizer:
         return self.backend.id_to_token(i)
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any) -> list[int]:
-        """The tokens of a conversation in the model's own format; see `render_chat`."""
-        return self.encode(self.render_chat(messages, add_generation_prompt, **variables), special=True)
+        """The tokens of a conversation in the model's own format; see `render_chat`.
+
+        Control tokens come from the template alone: "<|im_end|>" and its like inside a message are plain text.
+        """
+        held: list[str] = []
+        messages, variables = (_without(self.backend.controls, given, held) for given in (messages, variables))
+        parts = _HELD.split(self.render_chat(messages, add_generation_prompt, **variables))
+        ids = [self.encode(text, special=True) for text in parts[::2]]
+        for i, number in enumerate(parts[1::2]):
+            ids[i] += self.encode(held[int(number)]) if int(number) < len(held) else []
+        return [token for part in ids for token in part]
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as the chat template writes it.
@@ -141,6 +152,25 @@ class Tokenizer:
         _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+_HELD = re.compile("\U000f5afe(\\d{1,6})\U000f5aff")  # stands for a text that was held back, of private characters
+
+
+def _without(controls: re.Pattern[str], value: Any, held: list[str]) -> Any:
+    """`value` with the texts of control tokens in its strings held back, and marks in their places."""
+
+    def hold(match: re.Match[str]) -> str:
+        held.append(match[0])
+        return f"\U000f5afe{len(held) - 1}\U000f5aff"
+
+    if isinstance(value, str):
+        return controls.sub(hold, value)
+    if isinstance(value, Mapping):
+        return {key: _without(controls, item, held) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(controls, item, held) for item in value]
+    return value
 
 
 class StreamDecoder:

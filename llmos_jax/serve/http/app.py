@@ -177,7 +177,7 @@ def _listing(service: Service) -> APIRouter:
         elif body.add_special_tokens is False:
             tokens = target.tokenizer.encode(body.prompt or "")
         else:
-            tokens = await served.encoded(target.tokenizer, body.prompt or "", special=False)
+            tokens = await served.encoded(target.tokenizer, body.prompt or "")
         return Tokenized(tokens=tokens, count=len(tokens), max_model_len=target.served.max_model_len)
 
     @router.post("/detokenize", response_model=Detokenized, responses=ANY_ROUTE | declared(400, 404))

@@ -1,5 +1,6 @@
 """A conversation as the model reads it: messages and tools through the chat template, and what tool_choice forces."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from llmos_jax.config import UserError
 from llmos_jax.serve.http.answers import Piece
 from llmos_jax.serve.http.errors import bad
 from llmos_jax.serve.http.schemas import Message, NamedTool, Tool
-from llmos_jax.serve.http.served import Target, encoded
+from llmos_jax.serve.http.served import Target
 from llmos_jax.serve.http.tools import (
     Call,
     CallParser,
@@ -103,12 +104,11 @@ async def conversation(
     elif tools or (_have_calls(messages) and not template_takes_tools(tokenizer)):
         messages = with_system_text(messages, tools)
     try:
-        text = tokenizer.render_chat(messages, add_generation_prompt, **variables)
+        return await asyncio.to_thread(tokenizer.chat, messages, add_generation_prompt, **variables)
     except UserError as error:
         raise bad(str(error), "messages") from None
     except Exception as error:  # a template runs what the client sent: whatever it stumbles over is the client's
         raise bad(f"the chat template does not take these messages: {error!r}", "messages") from None
-    return await encoded(tokenizer, text, special=True)
 
 
 def _have_calls(messages: list[dict[str, Any]]) -> bool:

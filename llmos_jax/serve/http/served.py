@@ -68,24 +68,22 @@ class Service:
         raise ApiError(404, f"there is no model {model!r}; served: {names}", param="model", code="model_not_found")
 
 
-async def encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[Token]:
-    """The tokens of a prompt. special: it was rendered by a chat template, which writes control tokens itself."""
-
-    def encode() -> list[Token]:
-        return tokenizer.encode(text, special=True) if special else tokenizer.encode_prompt(text)
-
-    return await asyncio.to_thread(encode) if len(text) >= LONG_TEXT else encode()
+async def encoded(tokenizer: Tokenizer, text: str) -> list[Token]:
+    """The tokens of a plain prompt."""
+    if len(text) >= LONG_TEXT:
+        return await asyncio.to_thread(tokenizer.encode_prompt, text)
+    return tokenizer.encode_prompt(text)
 
 
 async def prompts(target: Target, given: str | Sequence[Any], param: str) -> list[list[Token]]:
     """The prompts of a body that may give one or many, as text or as tokens."""
     if isinstance(given, str):
-        return [await encoded(target.tokenizer, given, special=False)]
+        return [await encoded(target.tokenizer, given)]
     several: list[Any] = list(given)
     if isinstance(several[0], int):
         return [check_tokens(target, several, param)]
     if isinstance(several[0], str):
-        return [await encoded(target.tokenizer, text, special=False) for text in several]
+        return [await encoded(target.tokenizer, text) for text in several]
     return [check_tokens(target, tokens, param) for tokens in several]
 
 
