@@ -15,6 +15,7 @@ from llmos_jax import opening
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig, ServeConfig, UserError, mesh_shape
 from llmos_jax.data.tokenizer import Tokenizer
+from llmos_jax.models.decoder import Unstacked
 from llmos_jax.models.quantized import check_quantize
 from llmos_jax.serve import cache
 from llmos_jax.serve.block_manager import BlockManager
@@ -24,7 +25,7 @@ from llmos_jax.serve.request import Token
 from llmos_jax.serve.runner import Runner, fit_pages
 from llmos_jax.serve.scheduler import Costs, Limits, Scheduler
 from llmos_jax.serve.structured import Vocabulary
-from llmos_jax.serve.weights import served_params
+from llmos_jax.serve.weights import abstract_served_params, served_params
 from llmos_jax.sharding import make_mesh
 
 Say = Callable[[str], None]
@@ -90,12 +91,9 @@ def build_engine(
     source, model, serve = resolve(wanted, platform)
     check_quantize(model, mesh.shape["tensor"])
     tokenizer = opening.tokenizer_of(source)
-    say(f"reading the weights of {wanted.name}")
-    params = served_params(model, opening.weights_of(source, model, mesh), mesh)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / mesh.shape["tensor"]
-    serve = _sized(model, serve, mesh, weights)
-    say(f"{serve.num_pages} pages of {serve.page_size} tokens; compiling")
-    runner = Runner(model, serve, mesh, params, say)
+    serve = _sized(model, serve, mesh)
+    say(f"{wanted.name}: {serve.num_pages} pages of {serve.page_size} tokens; reading weights and compiling")
+    runner = Runner(model, serve, mesh, _reader(source, model, mesh), say)
     quantized_pages = cache.page_dtype(serve).itemsize == 1
     runner.allocate(runner.calibrate(_calibration(tokenizer, serve)) if quantized_pages else None)
     seconds = runner.warm_up()
@@ -123,10 +121,14 @@ def _draft_model(serve: ServeConfig, model: ModelConfig, mesh: Mesh, dtype: str,
     sizes = dataclasses.replace(
         sizes, max_model_len=serve.max_model_len, num_pages=serve.num_pages, num_drafts=0, max_adapters=0
     )
-    runner = Runner(small, sizes, mesh, served_params(small, opening.weights_of(source, small, mesh), mesh), say)
+    runner = Runner(small, sizes, mesh, _reader(source, small, mesh), say)
     runner.allocate()
     runner.warm_up()
     return DraftModel(runner, serve.num_drafts)
+
+
+def _reader(source: opening.Source, model: ModelConfig, mesh: Mesh) -> Callable[[], Unstacked]:
+    return lambda: served_params(model, opening.weights_of(source, model, mesh), mesh)
 
 
 def _mesh(config: MeshConfig) -> Mesh:
@@ -138,13 +140,15 @@ def _mesh(config: MeshConfig) -> Mesh:
     return make_mesh(config, devices)
 
 
-def _sized(model: ModelConfig, serve: ServeConfig, mesh: Mesh, weights: float) -> ServeConfig:
+def _sized(model: ModelConfig, serve: ServeConfig, mesh: Mesh) -> ServeConfig:
     if mesh.devices.flat[0].platform == "cpu":
         if not serve.num_pages:
             most = CPU_POOL_BYTES // cache.page_bytes(model, serve)
             least = serve.max_model_len // serve.page_size + 2
             serve = dataclasses.replace(serve, num_pages=max(min(cache.useful_pages(model, serve), most), least))
         return serve
+    leaves = jax.tree.leaves(abstract_served_params(model, mesh))
+    weights = float(sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in leaves))
     return fit_pages(model, serve, mesh, weights, Target.parse("local").chip.memory_bytes)
 
 

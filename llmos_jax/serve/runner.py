@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, ServeConfig, UserError
+from llmos_jax.models.decoder import Unstacked
 from llmos_jax.serve import cache, forward, sampling
 from llmos_jax.serve.adapter_slots import Adapters
 from llmos_jax.serve.adapters import Adapter
 from llmos_jax.serve.request import Sampling
 from llmos_jax.serve.scheduler import Step
+from llmos_jax.serve.weights import abstract_served_params
 from llmos_jax.sharding import replicated
 
 Say = Callable[[str], None]
@@ -79,17 +81,26 @@ class Drawn:
 
 
 class Runner:
-    """serve.num_pages is set. params: as `weights.served_params` makes them."""
+    """serve.num_pages is set. read: gives the weights (`weights.served_params`), while programs are being compiled."""
 
-    def __init__(self, model: ModelConfig, serve: ServeConfig, mesh: Mesh, params: Any, say: Say = lambda _: None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        serve: ServeConfig,
+        mesh: Mesh,
+        read: Callable[[], Unstacked],
+        say: Say = lambda _: None,
+    ):
         self.model, self.serve, self.mesh = model, serve, mesh
-        self._params = params
-        self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._shapes = forward.shapes(model, serve)
         self._num_adjusted = min(model.vocab_size, self.max_model_len + MAX_BIAS)
         self._adapters = Adapters(model, serve, mesh) if serve.max_adapters else None
         self._layers = None if self._adapters is None else self._adapters.layers()
-        self._programs = self._compile(say)
+        with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+            compiling = self._compile(threads, say)
+            self._params: Any = read()
+            self._programs = {key: program.result() for key, program in compiling.items()}
+        self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
         self._pool: cache.Pool = ()
         self._scales: list[np.ndarray] | None = None
         self._resting: Any = None  # weights on the host while it sleeps
@@ -114,8 +125,8 @@ class Runner:
         weights = self._weight_bytes
         return {"weights": weights, "pages": pages, "temporaries": temporary}
 
-    def _compile(self, say: Say) -> dict[Any, Executable]:
-        params = abstract(self._params)
+    def _compile(self, threads: ThreadPoolExecutor, say: Say) -> dict[Any, Future[Executable]]:
+        params = abstract_served_params(self.model, self.mesh)
         pool = cache.abstract_pool(self.model, self.serve, self.mesh)
         programs: dict[Any, Program] = dict(cache.move_programs(pool, self.mesh))
         for shape in reversed(self._shapes):
@@ -127,7 +138,7 @@ class Runner:
                 programs[rows, full] = forward.draw_program(
                     self.model, self.serve, rows, self.mesh, full, self._num_adjusted
                 )
-        started, done = time.perf_counter(), 0
+        done = 0
 
         def compile_one(program: Program) -> Executable:
             nonlocal done
@@ -137,10 +148,7 @@ class Runner:
             say(f"{how} {program.name} in {executable.compile_seconds:.1f} s ({done} of {len(programs)})")
             return executable
 
-        with ThreadPoolExecutor(COMPILE_THREADS) as threads:
-            found = dict(zip(programs, threads.map(compile_one, programs.values()), strict=True))
-        self.compile_seconds = time.perf_counter() - started
-        return found
+        return {key: threads.submit(compile_one, program) for key, program in programs.items()}
 
     def allocate(self, scales: list[np.ndarray] | None = None) -> None:
         """Takes the memory of the pages."""
@@ -189,14 +197,13 @@ class Runner:
 
     def warm_up(self) -> float:
         """Runs every program once on nothing; the seconds that the largest one takes."""
-        row = Row(0, Sampling(1, temperature=0.0), 0, 0)
         seconds = 0.0
         for shape in self._shapes:
-            started = time.perf_counter()
-            self._start(shape, np.zeros(shape.num_integers, np.int32), [row]).tokens()
-            seconds = time.perf_counter() - started
-            full = Row(0, Sampling(1, temperature=0.0), 0, 0, wants_logprobs=True)
-            self._start(shape, np.zeros(shape.num_integers, np.int32), [full]).logprobs()
+            for full in (True, False) if shape == self._shapes[-1] else (True,):
+                row = Row(0, Sampling(1, temperature=0.0), 0, 0, wants_logprobs=full)
+                started = time.perf_counter()
+                self._start(shape, np.zeros(shape.num_integers, np.int32), [row]).tokens()
+                seconds = time.perf_counter() - started
         one: list[tuple[int, int]] = [(0, 0)]
         for swap_out, swap_in, copies in ((one, [], []), ([], one, []), ([], [], one)):
             self._pool = self._mover(self._pool, swap_out, swap_in, copies)

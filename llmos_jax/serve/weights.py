@@ -10,7 +10,7 @@ from llmos_jax.compiler.program import Program
 from llmos_jax.config import ModelConfig
 from llmos_jax.models.decoder import Params, Unstacked, abstract_params, logical_dims
 from llmos_jax.models.quantized import QuantizedTensor, quantize_leaf, split_dims
-from llmos_jax.sharding import replicated, sharding
+from llmos_jax.sharding import sharding
 
 
 def split_layers(model: ModelConfig, path: str, stack: jax.Array) -> Any:
@@ -54,11 +54,12 @@ def served_params(model: ModelConfig, params: Params, mesh: Mesh) -> Unstacked:
     """
     by_host = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and model.quantize == "none"
     served: dict[str, Any] = {}
-    places = {} if by_host else abstract_served_params(model, mesh)
+    places = abstract_served_params(model, mesh)
     for path in list(params):
         stack = params.pop(path)
         if by_host and path.startswith("segments."):
-            served[path] = tuple(jax.device_put(list(np.asarray(stack)), replicated(mesh)))
+            layers = [leaf.sharding for leaf in places[path]]  # type: ignore[union-attr]
+            served[path] = tuple(jax.device_put(list(np.asarray(stack)), layers))
         elif by_host:
             served[path] = stack
         else:
