@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, UserError
 from pallas_kernels import QuantizedTensor, dequantize, quantize, quantized_matmul
+from pallas_kernels.dispatch import current_chip
 
 KINDS = ("none", "int8", "int4")
 GROUP = 128
@@ -47,6 +48,9 @@ def split_dims(value: Any, logical: tuple[str | None, ...]) -> Any:
     lead = logical[: value.ndim - 2]
     rest = [name for name in logical[value.ndim - 2 :] if name != "head_dim"]  # heads and head_dim became one
     codes: Any = (*lead, *rest)
+    if value.axis == -1 and "vocab" not in logical:  # a projection, [out, in]; a table is [vocab, embed] anyway
+        rest = rest[::-1]
+        codes = (*lead, *rest)
     into, out = rest if value.axis == -2 else reversed(rest)
     scales: Any = (*lead, into if value.group_size else None, out)
     return dataclasses.replace(value, data=codes, scales=scales, zeros=None if value.zeros is None else scales)
@@ -64,7 +68,8 @@ def quantize_leaf(config: ModelConfig, path: str, value: Array) -> Array | Quant
     matrix = value.reshape(*experts, math.prod(shape[: 1 if experts else _INPUTS[name]]), -1)
     if config.quantize == "int4":
         return quantize(matrix, 4, group_size=GROUP, symmetric=False)
-    return quantize(matrix, 8)
+    # A CPU's int8 products of a few rows read [out, in] up to three times as fast, and a GPU takes nothing else.
+    return quantize(matrix, 8) if experts or current_chip().platform == "tpu" else quantize(matrix.mT, 8, axis=-1)
 
 
 def check_quantize(config: ModelConfig, tensor: int) -> None:

@@ -25,7 +25,8 @@ def abstract_served_params(model: ModelConfig, mesh: Mesh) -> Unstacked:
     names = logical_dims(model)
 
     def of(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
-        found = jax.eval_shape(lambda x: split_layers(model, path, x), leaf)
+        with jax.set_mesh(mesh):  # how weights lie depends on the chip
+            found = jax.eval_shape(lambda x: split_layers(model, path, x), leaf)
         parts = found if isinstance(found, tuple) else (found,)
         placed = tuple(_placed(mesh, part, names[path][isinstance(found, tuple) :]) for part in parts)
         return placed if isinstance(found, tuple) else placed[0]

@@ -12,7 +12,9 @@ from jax import Array, lax
 
 from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, locate, merge, write
 
-BLOCK_KEYS = 256
+# Keys of a step of the running softmax: few for single tokens, since what a short sequence does not need is gathered
+# all the same; more for prompts, whose products are then larger.
+BLOCK_KEYS = {False: 128, True: 512}
 MAX_ITEM = 64  # tokens
 
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -50,7 +52,7 @@ def _attend(q, pages: KVPages, block_tables, lengths, starts, counts, *, causal,
     end = jnp.where(taken > 0, jnp.max(jnp.where(real, q_position, -1), axis=1) + 1, 0)
     end = end if causal else jnp.where(taken > 0, lengths[sequence], 0)
     begin = jnp.zeros_like(end) if window is None else jnp.maximum(q_position[:, 0] - window + 1, 0) // page_size
-    num_pages = min(-(-BLOCK_KEYS // page_size), block_tables.shape[1])
+    num_pages = min(-(-BLOCK_KEYS[size > 1] // page_size), block_tables.shape[1])
     page_ends = -(-end // page_size)
     num_steps = jnp.max(-(-(page_ends - begin) // num_pages), initial=0)
     state = _initial(q_IKGTH, sinks)
@@ -58,10 +60,10 @@ def _attend(q, pages: KVPages, block_tables, lengths, starts, counts, *, causal,
     def step(at, state):
         column = begin[:, None] + at * num_pages + jnp.arange(num_pages)  # [I, C]
         table = block_tables[sequence[:, None], jnp.minimum(column, block_tables.shape[1] - 1)]
-        key = column[:, :, None] * page_size + jnp.arange(page_size)  # [I, C, S]
-        live = key < end[:, None, None]
-        seen = real[:, :, None, None] & live[:, None]
-        distance = q_position[:, :, None, None] - key[:, None]
+        key = begin[:, None] * page_size + at * num_pages * page_size + jnp.arange(num_pages * page_size)  # [I, S]
+        live = key < end[:, None]
+        seen = real[:, :, None] & live[:, None]
+        distance = q_position[:, :, None] - key[:, None]
         if causal:
             seen &= distance >= 0
         if window is not None:
@@ -99,8 +101,11 @@ def _items(num_tokens: int, size: int, starts, counts) -> tuple[Array, Array, Ar
 
 
 def _gather(pages: KVPages, table, kv: int, dtype) -> Array:
-    """Keys (kv = 0) or values of the pages [I, C]: [I, C, K, page_size, H], as they lie."""
-    return pages.data[table, :, kv].astype(dtype if pages.scales is not None else pages.data.dtype)
+    """Keys (kv = 0) or values of the pages [I, C] of each head, joined: [I, K, C * page_size, H]."""
+    heads = jnp.arange(pages.data.shape[1])
+    found = pages.data[table[:, None, :], heads[None, :, None], kv]  # [I, K, C, page_size, H]
+    found = found.reshape(*found.shape[:2], -1, found.shape[4])
+    return found.astype(dtype if pages.scales is not None else pages.data.dtype)
 
 
 def _initial(q_IKGTH, sinks):
@@ -113,29 +118,27 @@ def _initial(q_IKGTH, sinks):
 
 
 def _update(state, q, k, v, seen, live, scales, softcap, scale):
-    """One step of the running softmax, a product for each page: to join pages would be a copy of all of them.
+    """One step of the running softmax.
 
-    q [I, K, G, T, H]; k, v [I, C, K, S, H]; seen [I, T, C, S] pairs; keys outside live [I, C, S] may hold anything.
+    q [I, K, G, T, H]; k, v [I, K, S, H]; seen [I, T, S] pairs; keys outside live [I, S] may hold anything.
     """
     top, total, acc = state
-    num_pages, group = k.shape[1], q.shape[2]
-    rows = q.reshape(q.shape[0], 1, q.shape[1], -1, q.shape[4])
-    rows = jnp.broadcast_to(rows, (q.shape[0], num_pages, *rows.shape[2:]))
-    scores = product("ickrh,icksh->ickrs", rows.astype(k.dtype), k) * scale
+    rows = q.reshape(*q.shape[:2], -1, q.shape[4])
+    scores = product("ikrh,iksh->ikrs", rows.astype(k.dtype), k) * scale
     if scales is not None:
         scores = scores * scales[:, 0, None, None]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(*scores.shape[:3], group, -1, scores.shape[4])  # [I, C, K, G, T, S]
-    seen = seen.swapaxes(1, 2)[:, :, None, None]
+    scores = scores.reshape(*q.shape[:4], -1)  # [I, K, G, T, S]
+    seen = seen[:, None, None]
     scores = jnp.where(seen, scores, NEG_INF)
-    new_top = jnp.maximum(top, jnp.max(scores, axis=(1, 5)))
-    p = jnp.where(seen, jnp.exp(scores - new_top[:, None, ..., None]), 0.0)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+    p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
     fade = jnp.exp(top - new_top)
-    v = jnp.where(live[:, :, None, :, None], v, 0)
-    weights = p.reshape(*scores.shape[:3], -1, scores.shape[5]).astype(v.dtype)
-    add = jnp.sum(product("ickrs,icksh->ickrh", weights, v), axis=1).reshape(acc.shape)
-    return new_top, total * fade + jnp.sum(p, axis=(1, 5)), acc * fade[..., None] + add
+    v = jnp.where(live[:, None, :, None], v, 0)
+    weights = p.reshape(*rows.shape[:3], -1).astype(v.dtype)
+    add = product("ikrs,iksh->ikrh", weights, v).reshape(acc.shape)
+    return new_top, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + add
 
 
 def _finish(state, scales):
