@@ -387,3 +387,27 @@ def test_files_that_cannot_grow(config, workdir):
     command = [sys.executable, "-c", code, "train", str(config), "--workdir", str(workdir)]
     done = subprocess.run(command, env=runs.environment(1), capture_output=True, text=True, timeout=90, check=False)
     check_full(done.returncode, done.stderr, workdir)
+
+
+# The server.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "no-such-model"], "no-such-model"),
+        (["serve", "{model}", "--max-model-len", "100000"], "max_model_len=100000 is more than the model's context"),
+        (["serve", "{model}", "--max-step-tokens", "8"], "max_step_tokens=8 is less than max_sequences=16"),
+        (["serve", "{model}", "--adapter", "x"], "is not NAME=FOLDER"),
+        (["serve", "{model}", "{model}"], "the same name"),
+        (["serve", "{model}", "--tls-key", "key.pem"], "TLS needs both"),
+        (["serve", "{model}", "--host", "0.0.0.0"], "key"),
+        (["keys", "revoke", "nobody"], "nobody"),
+        (["replay", "nothing"], "does not exist; name the server's database with --db"),
+        (["bench", "serve", "--model", "m", "--prompt", "odd:1"], "odd"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(arguments, message, trained, tmp_path, refused):
+    database = ["--db", tmp_path / "serve.sqlite"] if arguments[0] != "bench" else []
+    told = refused(*(str(trained) if text == "{model}" else text for text in arguments), *database)
+    assert message in told
