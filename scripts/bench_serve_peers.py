@@ -18,10 +18,11 @@ def transformers(folder, vocabulary):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
 
     def run(count, length, answer, salt):
-        ids = torch.tensor([prompt(length, salt + i, vocabulary) for i in range(count)])
+        ids = torch.tensor([prompt(length, salt + i, vocabulary) for i in range(count)], device=device)
         started = time.perf_counter()
         with torch.inference_mode():
             model.generate(
