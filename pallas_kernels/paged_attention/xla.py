@@ -10,12 +10,15 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, locate, merge, write
 
 # Keys of a step of the running softmax: few for single tokens, since what a short sequence does not need is gathered
 # all the same; more for prompts, whose products are then larger.
 BLOCK_KEYS = {False: 128, True: 512}
 MAX_ITEM = 64  # tokens
+# Items that a CPU computes at once: a group without any item costs nothing, and each ends with its own longest sequence.
+GROUP = {False: 4, True: 2}
 
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -41,9 +44,53 @@ def paged_attention(
 def _attend(q, pages: KVPages, block_tables, lengths, starts, counts, *, causal, window, softcap, sinks, scale):
     """(out [M, N, H], log-sum-exp [M, N]) in float32 of counts[r] tokens a sequence; zeros for other tokens."""
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = pages.data.shape[1], pages.data.shape[3]
     size = _item_size(num_tokens, lengths.shape[0])
-    sequence, first, taken = _items(num_tokens, size, starts, counts)  # [I] each
+    *items, num_items = _items(num_tokens, size, starts, counts)
+    together = GROUP[size > 1] if dispatch.current_chip().platform == "cpu" else len(items[0])
+    items = [jnp.pad(x, (0, -len(x) % together), mode="edge") for x in items]
+    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "scale": scale}
+
+    def group(at, found):
+        part = [lax.dynamic_slice_in_dim(x, at * together, together) for x in items]
+        new = _attend_items(q, pages, block_tables, lengths, starts, counts, size, *part, **options)
+        return [lax.dynamic_update_slice_in_dim(x, y, at * together, 0) for x, y in zip(found, new, strict=True)]
+
+    shape = (len(items[0]), size, num_heads)
+    found = [jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, NEG_INF)]
+    out, lse = lax.fori_loop(0, -(-num_items // together), group, found)
+    _, first, taken = items
+    token = first[:, None] + jnp.arange(size)
+    real = (token < (first + taken)[:, None]) & (jnp.arange(len(first)) < num_items)[:, None]
+    where = jnp.where(real, token, num_tokens).reshape(-1)  # past the end: dropped
+    zeros = jnp.zeros((num_tokens, num_heads, head_dim), jnp.float32)
+    none = jnp.full((num_tokens, num_heads), NEG_INF)
+    return (
+        zeros.at[where].set(out.reshape(-1, num_heads, head_dim), mode="drop"),
+        none.at[where].set(lse.reshape(-1, num_heads), mode="drop"),
+    )
+
+
+def _attend_items(
+    q,
+    pages,
+    block_tables,
+    lengths,
+    starts,
+    counts,
+    size,
+    sequence,
+    first,
+    taken,
+    *,
+    causal,
+    window,
+    softcap,
+    sinks,
+    scale,
+):
+    """(out [I, size, N, H], log-sum-exp [I, size, N]) of items as `_items` gives them."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = pages.data.shape[1], pages.data.shape[3]
     token = first[:, None] + jnp.arange(size)  # [I, size]
     real = token < (first + taken)[:, None]
     items = q[jnp.minimum(token, num_tokens - 1)].reshape(-1, size, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -72,12 +119,8 @@ def _attend(q, pages: KVPages, block_tables, lengths, starts, counts, *, causal,
         return _update(state, q_IKGTH, k, v, seen, live, pages.scales, softcap, scale)
 
     out, lse = _finish(lax.fori_loop(0, num_steps, step, state), pages.scales)
-    where = jnp.where(real, token, num_tokens).reshape(-1)  # past the end: dropped
-    out = out.transpose(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
-    lse = lse.transpose(0, 3, 1, 2).reshape(-1, num_heads)
-    zeros = jnp.zeros((num_tokens, num_heads, head_dim), jnp.float32)
-    none = jnp.full((num_tokens, num_heads), NEG_INF)
-    return zeros.at[where].set(out, mode="drop"), none.at[where].set(lse, mode="drop")
+    shape = (len(first), size, num_heads)
+    return out.transpose(0, 3, 1, 2, 4).reshape(*shape, head_dim), lse.transpose(0, 3, 1, 2).reshape(shape)
 
 
 def _item_size(num_tokens: int, num_rows: int) -> int:
@@ -88,8 +131,8 @@ def _item_size(num_tokens: int, num_rows: int) -> int:
     return size
 
 
-def _items(num_tokens: int, size: int, starts, counts) -> tuple[Array, Array, Array]:
-    """Of each item its sequence, its first token and how many it has; items past the last have none."""
+def _items(num_tokens: int, size: int, starts, counts) -> tuple[Array, Array, Array, Array]:
+    """Of each item its sequence, its first token and how many it has, none past the last; the number of items."""
     num_rows = counts.shape[0]
     number = min(num_tokens, num_tokens // size + num_rows)
     ends = jnp.cumsum(-(-counts // size))
@@ -97,7 +140,7 @@ def _items(num_tokens: int, size: int, starts, counts) -> tuple[Array, Array, Ar
     sequence = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1), num_rows - 1)
     within = (item - (ends - -(-counts // size))[sequence]) * size
     taken = jnp.where(item < ends[-1], jnp.clip(counts[sequence] - within, 0, size), 0)
-    return sequence, jnp.where(taken > 0, starts[sequence] + within, num_tokens), taken
+    return sequence, jnp.where(taken > 0, starts[sequence] + within, num_tokens), taken, ends[-1]
 
 
 def _gather(pages: KVPages, table, kv: int, dtype) -> Array:
