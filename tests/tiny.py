@@ -49,9 +49,10 @@ def params(model: ModelConfig, seed: int = 0, spread: float = 5.0) -> dict[str, 
     rng = np.random.default_rng(seed)
     fresh = jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))
     return {
-        path: value * spread + 0.1 * rng.standard_normal(value.shape).astype(value.dtype)
-        if value.ndim > 2 or path.startswith(("embed.", "head."))
-        else value + 0.1 * rng.standard_normal(value.shape).astype(value.dtype)
+        path: (
+            value * (spread if value.ndim > 2 or path.startswith(("embed.", "head.")) else 1.0)
+            + (0.1 * rng.standard_normal(value.shape)).astype(value.dtype)
+        ).astype(value.dtype)
         for path, value in fresh.items()
     }
 

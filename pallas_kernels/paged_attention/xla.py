@@ -13,9 +13,9 @@ from jax import Array, lax
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, locate, merge, write
 
-# Keys of a step of the running softmax: few for single tokens, since what a short sequence does not need is gathered
-# all the same; more for prompts, whose products are then larger.
-BLOCK_KEYS = {False: 128, True: 512}
+# Keys of a step of the running softmax. Few, since what a short sequence does not need is gathered all the same; and as
+# many for single tokens as for prompts, so that a token is summed in the same parts in either.
+BLOCK_KEYS = 128
 MAX_ITEM = 64  # tokens
 # Items that a CPU computes at once: a group without any item costs nothing, and each ends with its own longest sequence.
 GROUP = {False: 4, True: 2}
@@ -99,7 +99,7 @@ def _attend_items(
     end = jnp.where(taken > 0, jnp.max(jnp.where(real, q_position, -1), axis=1) + 1, 0)
     end = end if causal else jnp.where(taken > 0, lengths[sequence], 0)
     begin = jnp.zeros_like(end) if window is None else jnp.maximum(q_position[:, 0] - window + 1, 0) // page_size
-    num_pages = min(-(-BLOCK_KEYS[size > 1] // page_size), block_tables.shape[1])
+    num_pages = min(-(-BLOCK_KEYS // page_size), block_tables.shape[1])
     page_ends = -(-end // page_size)
     num_steps = jnp.max(-(-(page_ends - begin) // num_pages), initial=0)
     state = _initial(q_IKGTH, sinks)
@@ -167,20 +167,23 @@ def _update(state, q, k, v, seen, live, scales, softcap, scale):
     """
     top, total, acc = state
     rows = q.reshape(*q.shape[:2], -1, q.shape[4])
+    if rows.shape[2] == 1:  # a CPU sums a product with one row in another order: the bits would depend on the batch
+        rows = jnp.broadcast_to(rows, (*rows.shape[:2], 2, rows.shape[3]))
     scores = product("ikrh,iksh->ikrs", rows.astype(k.dtype), k) * scale
     if scales is not None:
         scores = scores * scales[:, 0, None, None]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(*q.shape[:4], -1)  # [I, K, G, T, S]
+    scores = scores[:, :, : q.shape[2] * q.shape[3]].reshape(*q.shape[:4], -1)  # [I, K, G, T, S]
     seen = seen[:, None, None]
     scores = jnp.where(seen, scores, NEG_INF)
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
     p = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
     fade = jnp.exp(top - new_top)
     v = jnp.where(live[:, None, :, None], v, 0)
-    weights = p.reshape(*rows.shape[:3], -1).astype(v.dtype)
-    add = product("ikrs,iksh->ikrh", weights, v).reshape(acc.shape)
+    weights = p.reshape(*q.shape[:2], -1, p.shape[-1]).astype(v.dtype)
+    weights = jnp.broadcast_to(weights, (*rows.shape[:3], weights.shape[3]))
+    add = product("ikrs,iksh->ikrh", weights, v)[:, :, : q.shape[2] * q.shape[3]].reshape(acc.shape)
     return new_top, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + add
 
 
