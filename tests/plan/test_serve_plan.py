@@ -12,10 +12,13 @@ from llmos_jax import cli
 from llmos_jax.compiler import hlo
 from llmos_jax.compiler import target as targets
 from llmos_jax.compiler.analytic_serving import decode_time, paged_attention_work
+from llmos_jax.compiler.chips import MEMORY_SHARE
+from llmos_jax.compiler.hlo_cost import count
+from llmos_jax.compiler.report import Work, report
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, RunConfig, ServeConfig, UserError
 from llmos_jax.models.presets import PRESETS
-from llmos_jax.plan.serving import Load, closed_loop, plan_serving
+from llmos_jax.plan.serving import KERNEL, Load, closed_loop, plan_serving
 from llmos_jax.serve import cache, forward
 from llmos_jax.serve.weights import abstract_served_params
 from tests import tiny
@@ -226,3 +229,32 @@ def test_decoding_on_tpus_copies_nothing_large(decode):
     copies = [i for c in module.computations.values() for i in c if i.opcode in ("copy", "transpose")]
     largest = max((shape.bytes for i in copies for shape in i.shapes), default=0)
     assert largest <= 128 * 4096 * 4
+
+
+@pytest.mark.described
+def test_the_paged_kernel_counts_what_the_plan_says_of_it(decode):
+    program, executable = decode
+    target = Target.parse("v6e:2x4")
+    links = target.axis_links(program.mesh)
+    parts = ("parameters", "KV cache", "other", "other", "parameters")
+
+    def found(moved: float):
+        work = Work(64, 1.0, parts, kernels={KERNEL: (2e6, moved)})
+        return report(program, executable, target, links, work)
+
+    little, much = found(0.0), found(1e9)
+    assert much.hbm_bytes - little.hbm_bytes == 2e9 and not any(KERNEL in note for note in much.notes)
+    late = much.main.seconds - little.main.seconds
+    assert late == pytest.approx(2e9 / (target.chip.memory_bandwidth * MEMORY_SHARE), rel=0.1)
+
+
+@pytest.mark.described
+def test_decoding_on_tpus_gathers_and_sums_the_stream_once_a_block(decode):
+    """Two blocks a layer, the embedding's sum, and the rows that get logits."""
+    program, executable = decode
+    found = count(hlo.parse(executable.hlo), dict(program.mesh.shape))
+    assert found == {
+        ("all-gather", ("tensor",)): 4,
+        ("reduce-scatter", ("tensor",)): 5,
+        ("all-reduce", ("tensor",)): 1,
+    }
