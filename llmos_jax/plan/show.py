@@ -194,8 +194,8 @@ def _speeds(one: ServingPlan) -> Group:
         speeds = (_seconds(found.between_tokens), f"{rate:,.0f}", f"{rate / num_chips:,.0f}")
         rows.add_row("published", "", "", "", *speeds, told)
     dollars = one.dollars_per_million_tokens
-    told = [] if dollars is None else [Text(f"${dollars:,.3f} a million answered tokens", "bold")]
-    return Group(Text(head, "bold"), rows, *told)
+    price = "" if dollars is None else f"${dollars:,.3f} a million answered tokens"
+    return Group(Text(head, "bold"), rows, Text(price, "bold"))
 
 
 def advice(target: str, found: Sequence[Advice]) -> None:
