@@ -414,10 +414,12 @@ def _parser() -> argparse.ArgumentParser:
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--target", default="local", help="v5p:8x8x8, 4*v6e:16x16, h100:8, cpu:8 or local (default)")
     where.add_argument("--compare", metavar="T1,T2,...", help="several targets side by side")
-    sub.add_argument("--program", default="train", choices=("train", "prefill", "decode", "all"))
-    sub.add_argument("--batch", type=_positive, default=8, help="sequences of prefill and decode (default 8)")
-    sub.add_argument("--prompt", type=_positive, default=2048, help="tokens that a prefill takes (default 2048)")
-    sub.add_argument("--length", type=_positive, default=8192, help="tokens that a sequence may have (default 8192)")
+    sub.add_argument("--program", default="train", choices=("train", "prefill", "decode", "all", "serve"))
+    sub.add_argument(
+        "--batch", type=_positive, help="sequences of prefill and decode (8), users of serve (serve.max_sequences)"
+    )
+    sub.add_argument("--prompt", type=_positive, help="tokens of a prompt (2048; of serve half of --length)")
+    sub.add_argument("--length", type=_positive, help="tokens of a sequence (8192; of serve serve.max_model_len)")
     sub.add_argument("--search", action="store_true", help="look for the best mesh, remat, micro-batch and offload")
     sub.add_argument("--compile", type=_positive, default=4, help="candidates of a search to compile (default 4)")
     sub.add_argument("--jobs", type=_positive, default=2, help="compilations of a search at a time (default 2)")

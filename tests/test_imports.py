@@ -24,7 +24,7 @@ ALLOWED = {
     "data": FOUNDATION | {"runtime"},
     "opening": LIBRARY,
     "train": LIBRARY | {"opening"},
-    "plan": LIBRARY | {"opening", "train"},
+    "plan": LIBRARY | {"opening", "train", "serve"},
     "serve": LIBRARY | {"opening"},
     "compress": LIBRARY | {"opening"},
 }

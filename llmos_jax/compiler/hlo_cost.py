@@ -303,6 +303,9 @@ def _read(module: Module, where: Computation, name: str) -> float:
                 total += _read(module, where, user.name)
             case "fusion":
                 inner = module.computations[user.calls[0]]
+                if all(i.opcode in ("parameter", "bitcast", "reshape") for i in inner):
+                    total += _read(module, where, user.name)  # another name for it
+                    continue
                 total += max(
                     _read(module, inner, inner.parameters[n].name) for n, o in enumerate(user.operands) if o == name
                 )

@@ -9,7 +9,7 @@ none. In the last two, what overlaps is what the compiler scheduled to overlap.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Work:
     """What one call of a program does for its user.
 
     parts: for each argument of the program, what its bytes are called; a dict names the fields of a NamedTuple.
+    kernels: FLOPs and HBM bytes, on one device, of one call of each kernel whose work follows from data, by its name.
     """
 
     tokens: int  # over all devices
@@ -36,6 +37,7 @@ class Work:
     parts: tuple[str | Mapping[str, str], ...]
     calls: int = 1  # of a whole run
     unit: str = "step"
+    kernels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def report(
 ) -> Report:
     """links: of the target's devices in the program's mesh. analytic: the fields of an Estimate, where there is a
     formula."""
-    module = hlo.parse(executable.hlo)
+    module = _told(hlo.parse(executable.hlo), work.kernels)
     mesh = dict(program.mesh.shape)
     total = hlo_cost.cost(module)
     useful, peak = work.useful_flops / target.num_devices, _useful_peak(program, target)
@@ -148,6 +150,25 @@ def report(
         "notes": [f"{what}: not counted, {number} times" for what, number in total.unknown.items()],
     }
     return _report(program, target, work, memory, estimates, compiled)
+
+
+def _told(module: hlo.Module, kernels: Mapping[str, tuple[float, float]]) -> hlo.Module:
+    """`module` as if its kernels of these names said their FLOPs and bytes themselves."""
+    if not kernels:
+        return module
+
+    def one(i: hlo.Instruction) -> hlo.Instruction:
+        found = kernels.get(i.name.rstrip(".0123456789")) if i.target else None
+        if found is None:
+            return i
+        said = f'{i.attributes} "flops":"{found[0]:.0f}" "bytes_accessed":"{found[1]:.0f}"'
+        return replace(i, attributes=said)
+
+    computations = {
+        name: replace(found, instructions={i.name: one(i) for i in found})
+        for name, found in module.computations.items()
+    }
+    return replace(module, computations=computations, entry=computations[module.entry.name])
 
 
 def refused(

@@ -18,11 +18,14 @@ KINDS = ("none", "int8", "int4")
 GROUP = 128
 # Projections by the last part of their path, with how many dimensions are summed over.
 _INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+# Served as a matrix [in, heads x head_dim] in any dtype: TPUs lay an array with heads of its own out anew at every step.
+_BY_HEADS = ("q", "k", "v")
 # The output layer decides every token and is read whole at each step: eight bits for both kinds. Axis of the groups.
 _OUTPUT = {"embed.table": -1, "head.kernel": -2}
 
 
 def product(x: Float[Array, "*batch K"], w: QuantizedTensor, out_dtype: Any = None) -> Float[Array, "*batch N"]:
+    w = dataclasses.replace(w, size=min(w.size, w.padded_size))  # a device that has a part of the inputs
     activations = "int8" if w.bits == 8 else None
     return quantized_matmul(x, w, activations=activations, out_dtype=out_dtype)
 
@@ -42,9 +45,10 @@ def look_up(table: Float[Array, "V D"] | QuantizedTensor, ids: Int[Array, "*ids"
 
 
 def split_dims(value: Any, logical: tuple[str | None, ...]) -> Any:
-    """The names of the dimensions of a parameter; of a quantized one, of its codes and scales."""
+    """The names of the dimensions of a parameter as it is trained or served; of a quantized one, of codes and scales."""
     if not isinstance(value, QuantizedTensor):
-        return logical
+        is_matrix = value.ndim < len(logical)  # heads and head_dim became one
+        return tuple(name for name in logical if name != "head_dim") if is_matrix else logical
     lead = logical[: value.ndim - 2]
     rest = [name for name in logical[value.ndim - 2 :] if name != "head_dim"]  # heads and head_dim became one
     codes: Any = (*lead, *rest)
@@ -60,7 +64,8 @@ def quantize_leaf(config: ModelConfig, path: str, value: Array) -> Array | Quant
     """One layer's parameter as it is served: quantized, or in the dtype of computation."""
     name = path.rsplit(".", 1)[-1]
     if config.quantize == "none" or (name not in _INPUTS and path not in _OUTPUT):
-        return value.astype(config.dtype)
+        value = value.astype(config.dtype)
+        return value.reshape(value.shape[0], -1) if name in _BY_HEADS else value
     if path in _OUTPUT:
         return quantize(value, 8, axis=_OUTPUT[path])
     experts = value.shape[:1] if ".moe." in path else ()

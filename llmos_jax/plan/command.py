@@ -12,6 +12,7 @@ from llmos_jax.plan import show
 from llmos_jax.plan.advice import Advice, advise
 from llmos_jax.plan.programs import Serving, for_target, plan
 from llmos_jax.plan.search import Found, search
+from llmos_jax.plan.serving import Load, plan_serving
 
 DOES_NOT_FIT = 3
 Say = Callable[[str], None]
@@ -21,7 +22,10 @@ Answer = Callable[[argparse.Namespace, dict[str, Any], Callable[[], None]], int]
 def run_plan(config: RunConfig, targets: list[Target], args: argparse.Namespace, say: Say, answer: Answer) -> int:
     if args.search:
         return _search(config, targets[0], args, say, answer)
-    serving = Serving(args.batch, args.prompt, args.length)
+    if args.program == "serve":
+        return _serve(config, targets, args, say, answer)
+    given = {"batch": args.batch or 8, "prompt": args.prompt, "length": args.length}
+    serving = Serving(**{name: value for name, value in given.items() if value})
     names = ("train", "prefill", "decode") if args.program == "all" else (args.program,)
     reports, advice = [], {}
     for target in targets:
@@ -45,6 +49,20 @@ def _show(reports: list[Report], advice: dict[str, list[Advice]], num_targets: i
         show.pages(reports)
     for name, found in advice.items():
         show.advice(name, found)
+
+
+def _serve(config: RunConfig, targets: list[Target], args: argparse.Namespace, say: Say, answer: Answer) -> int:
+    serve = config.serve
+    length = args.length or serve.max_model_len or config.model.max_seq_len
+    prompt = args.prompt or max(1, length // 2)
+    load = Load(args.batch or serve.max_sequences, prompt, length - prompt)
+    found = [plan_serving(config, target, load, say) for target in targets]
+    value = {
+        "reports": [report.as_dict() for one in found for report in one.reports],
+        "serving": [one.as_dict() for one in found],
+    }
+    answer(args, value, lambda: show.serving(found))
+    return 0 if all(one.fits for one in found) else DOES_NOT_FIT
 
 
 def _search(config: RunConfig, target: Target, args: argparse.Namespace, say: Say, answer: Answer) -> int:

@@ -9,6 +9,7 @@ from rich.text import Text
 from llmos_jax.compiler.report import Report
 from llmos_jax.plan.advice import Advice
 from llmos_jax.plan.search import Found
+from llmos_jax.plan.serving import ServingPlan, lengths
 
 BAR = 48  # characters for the whole of a device's memory
 COLORS = {
@@ -24,6 +25,8 @@ ESTIMATES = {
     "schedule": "compiled program's schedule played through (compiler's estimated cycles)",
 }
 
+SOURCES = {"analytic": "by formula", "roofline": "all at peak rates", "schedule": "the compiler's schedule"}
+
 
 def pages(reports: Sequence[Report]) -> None:
     """A page a program."""
@@ -38,17 +41,23 @@ def _page(found: Report) -> Group:
 
 
 def _title(found: Report) -> Text:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()) or "one device"
-    verdict = ("fits", "bold green") if found.fits else ("does not fit", "bold red")
     made = "seen before" if found.from_cache else f"compiled in {found.compile_seconds:.0f} s"
     made = made if found.flops else "not compiled"
     devices = "" if found.num_devices == found.num_chips else f", {found.num_devices} devices"
     return Text.assemble(
         (f"{found.program}", "bold"),
-        f" on {found.target} ({found.num_chips} chips{devices}; {mesh}): ",
-        verdict,
+        f" on {found.target} ({found.num_chips} chips{devices}; {_mesh(found)}): ",
+        _verdict(found.fits),
         f"; {made}\n",
     )
+
+
+def _mesh(found: Report) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()) or "one device"
+
+
+def _verdict(fits: bool) -> tuple[str, str]:
+    return ("fits", "bold green") if fits else ("does not fit", "bold red")
 
 
 def _memory(found: Report) -> Group:
@@ -137,6 +146,56 @@ def comparison(reports: Sequence[Report]) -> None:
             "" if dollars is None else f"{dollars:,.3f}",
         )
     Console(highlight=False).print(rows)
+
+
+def serving(plans: Sequence[ServingPlan]) -> None:
+    """A page a target: memory of a decode step, what fits beside the weights, and the speed of the loop."""
+    console = Console(highlight=False)
+    for one in plans:
+        decode = one.reports[0]
+        made = sum(found.compile_seconds for found in one.reports)
+        title = Text.assemble(
+            ("serve", "bold"),
+            f" on {decode.target} ({decode.num_chips} chips; {_mesh(decode)}): ",
+            _verdict(one.fits),
+            f"; programs of {made:,.0f} s of compiling\n",
+        )
+        console.print(Group(title, _memory(decode), Text(), _sequences(one), Text(), _speeds(one), Text()))
+
+
+def _sequences(one: ServingPlan) -> Group:
+    asked = one.load.prompt + one.load.answer
+    head = f"room for {one.room:,} pages of {one.page_size} tokens; the server takes {one.pages:,}"
+    rows = Table.grid(padding=(0, 2))
+    for length in lengths(asked):
+        rows.add_row(
+            "", f"{one.sequences(length):,} sequences", f"of {length:,} tokens", "asked for" * (length == asked)
+        )
+    return Group(Text(head, "bold"), rows)
+
+
+def _speeds(one: ServingPlan) -> Group:
+    load = one.load
+    head = f"{load.users} users, prompts of {load.prompt:,} tokens, answers of {load.answer:,}"
+    if one.running < load.users:
+        head += f"; {one.running} of them at once"
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    names = ("time", "decode step", "prompt step", "first token", "between tokens", "tokens/s", "a chip", "")
+    for name in names:
+        rows.add_column(name, justify="left" if name in ("time", "") else "right", no_wrap=name == "")
+    num_chips = one.reports[0].num_chips
+    for name, speed in one.speeds.items():
+        times = [_seconds(t) for t in (speed.decode, speed.chunk, speed.first_token, speed.between_tokens)]
+        rate = speed.tokens_per_second
+        rows.add_row(name, *times, f"{rate:,.0f}", f"{rate / num_chips:,.0f}", Text(SOURCES[name], "dim"))
+    for found in one.published:
+        rate = found.tokens_per_second
+        told = Text(f"{found.server}, {found.model}", "dim")
+        speeds = (_seconds(found.between_tokens), f"{rate:,.0f}", f"{rate / num_chips:,.0f}")
+        rows.add_row("published", "", "", "", *speeds, told)
+    dollars = one.dollars_per_million_tokens
+    price = "" if dollars is None else f"${dollars:,.3f} a million answered tokens"
+    return Group(Text(head, "bold"), rows, Text(price, "bold"))
 
 
 def advice(target: str, found: Sequence[Advice]) -> None:

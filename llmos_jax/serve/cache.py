@@ -146,3 +146,9 @@ def _parts(moves: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 def useful_pages(model: ModelConfig, serve: ServeConfig) -> int:
     """More than this no batch can hold: every sequence at its full length, and one page of slack each."""
     return serve.max_sequences * (math.ceil((serve.max_model_len or model.max_seq_len) / serve.page_size) + 1)
+
+
+def room(model: ModelConfig, serve: ServeConfig, mesh: Mesh, weights: float, temporary: float, capacity: float) -> int:
+    """Pages that memory has room for beside weights and temporaries; all three in bytes of one device."""
+    left = capacity * serve.memory_share - weights - temporary
+    return max(0, int(left * mesh.shape["tensor"] / page_bytes(model, serve)))

@@ -4,7 +4,6 @@ Everything is compiled before the first request, and its memory is known then; a
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
@@ -303,13 +302,11 @@ def fit_pages(model: ModelConfig, serve: ServeConfig, mesh: Mesh, weights: float
     # Temporaries: logits of all rows, and the widest activations of a step some times over; checked after compiling.
     width = max(model.mlp_dim, model.expert_mlp_dim * model.num_experts_per_token, model.embed_dim * 4)
     temporary = 12.0 * rows * model.vocab_size + 16.0 * serve.max_step_tokens * width
-    split = math.prod(mesh.shape[axis] for axis in ("tensor",))
-    room = capacity * serve.memory_share - weights - temporary
-    pages = min(useful, int(room * split / cache.page_bytes(model, serve)))
+    pages = min(useful, cache.room(model, serve, mesh, weights, temporary, capacity))
     least = -(-(serve.max_model_len or model.max_seq_len) // serve.page_size) + 1
     if pages < least:
         raise UserError(
-            f"beside {weights / 2**30:.1f} GiB of weights there is room for {max(pages, 0)} pages of "
+            f"beside {weights / 2**30:.1f} GiB of weights there is room for {pages} pages of "
             f"{serve.page_size} tokens, and one sequence of {serve.max_model_len or model.max_seq_len} tokens takes "
             f"{least}; lower --max-model-len, or use --kv-dtype int8 or --quantize int8"
         )

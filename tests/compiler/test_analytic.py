@@ -118,8 +118,8 @@ def test_accumulation_keeps_float32_sums():
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.py")), ids=lambda file: file.stem)
 def test_a_configuration_that_names_a_target_fits_it(file):
     named = re.search(r"--target (\S+)", file.read_text())
-    if named is None:
-        pytest.skip("it names no target")
+    if named is None or "--program serve" in file.read_text():
+        pytest.skip("it names no target to train on")
     target, config = Target.parse(named[1]), load_config(file)
     check(config, target.num_devices)
     memory = training_memory(config, mesh_shape(config.mesh, target.num_devices))
