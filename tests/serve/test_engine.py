@@ -296,26 +296,3 @@ def test_served_params_are_the_same_layer_by_layer():
         parts = served[path] if isinstance(served[path], tuple) else (served[path],)
         stack = np.asarray(value) if isinstance(served[path], tuple) else np.asarray(value)[None]
         assert all(np.array_equal(np.asarray(part), stack[i]) for i, part in enumerate(parts))
-
-
-@pytest.mark.parametrize("num_kv_heads", [2, 6])
-def test_logits_in_int8_are_the_same_bits_whatever_else_runs(num_kv_heads):
-    """Its sums are exact. Products in floating point are summed in another order for few rows than for many."""
-    small = {"vocab_size": 1000, "num_layers": 3, "num_heads": 6, "num_kv_heads": num_kv_heads, "head_dim": 64}
-    model = tiny.model(max_seq_len=256, embed_dim=192, mlp_dim=512, dtype="bfloat16", param_dtype="bfloat16", **small)
-    sizes = {"max_model_len": 200, "max_step_tokens": 128, "max_sequences": 8, "page_size": 8, "num_pages": 300}
-    built = engines.runner(dataclasses.replace(model, quantize="int8"), dataclasses.replace(SERVE, **sizes))
-    lengths = (3, 17, 60, 9, 110, 5, 30, 44)
-    drawn = [
-        request(str(i), RNG.integers(0, 1000, n).tolist(), 16, logprobs=3, temperature=0.7, seed=i)
-        for i, n in enumerate(lengths)
-    ]
-
-    def exactly(told):
-        return {key: [entry for output in outputs for entry in output.logprobs] for key, outputs in told.items()}
-
-    alone = {}
-    for one in drawn:
-        alone |= exactly(drive(engines.engine(built), [one]))
-    for options, every in (({}, 0), ({"chunk": 7}, 0), ({"chunk": 5}, 2), ({"num_pages": 60}, 1)):
-        assert exactly(drive(engines.engine(built, **options), drawn, every)) == alone
