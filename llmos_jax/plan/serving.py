@@ -145,8 +145,8 @@ def plan_serving(config: RunConfig, target: Target, load: Load, say: Say = lambd
     pool = cache.abstract_pool(model, serve, mesh)
     small, large = _bucket(forward.shapes(model, serve), actual.users), forward.shapes(model, serve)[-1]
     programs = {
-        "decode": forward.forward_program(model, small, mesh, params, pool),
-        "prefill": forward.forward_program(model, large, mesh, params, pool),
+        "decode": forward.forward_program(model, small, mesh, params, pool, None, serve.adapter_rank),
+        "prefill": forward.forward_program(model, large, mesh, params, pool, None, serve.adapter_rank),
         "draw": forward.draw_program(model, serve, small.rows, mesh, False, 0),
     }
     works = _works(model, serve, mesh.shape["tensor"], actual)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from llmos_jax import cli
@@ -15,13 +16,17 @@ from llmos_jax.compiler import target as targets
 from llmos_jax.compiler.analytic_serving import decode_time, paged_attention_work
 from llmos_jax.compiler.chips import MEMORY_SHARE
 from llmos_jax.compiler.hlo_cost import cost, count
+from llmos_jax.compiler.identity import identity
+from llmos_jax.compiler.program import Program
 from llmos_jax.compiler.report import Work, report
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, RunConfig, ServeConfig, UserError
 from llmos_jax.models.presets import PRESETS
 from llmos_jax.plan.serving import KERNEL, Load, closed_loop, plan_serving
 from llmos_jax.serve import cache, forward
-from llmos_jax.serve.weights import abstract_served_params
+from llmos_jax.serve.runner import Runner
+from llmos_jax.serve.weights import abstract_served_params, served_params
+from llmos_jax.sharding import replicated
 from tests import tiny
 
 SERVE = ServeConfig(max_model_len=32, max_sequences=4, max_step_tokens=16, page_size=8)
@@ -66,10 +71,28 @@ def test_as_many_sequences_fit_as_their_pages_have_room(found):
     assert found.sequences(8) == found.room
 
 
-def test_the_programs_are_those_of_the_runner(found):
-    """A plan compiles under the identities that a server looks up: no description of a step but one."""
-    assert [one.program for one in found.reports] == ["decode", "prefill", "draw"]
-    assert [one.tokens for one in found.reports] == [4, 16, 4]
+def test_the_programs_are_those_of_the_runner(found, monkeypatch):
+    """A plan compiles under the identities that a server looks up: there is one description of a step."""
+    planned, compiled = set(), set()
+
+    def note(into: set):
+        def compile(program, real=Program.compile):
+            into.add(identity(program))
+            return real(program)
+
+        return compile
+
+    target, served = Target.parse("cpu:8"), dataclasses.replace(SERVE, num_pages=found.pages, kv_dtype="float32")
+    with monkeypatch.context() as patched:
+        patched.setattr(Program, "compile", note(planned))
+        plan_serving(CONFIG, target, LOAD)
+    mesh = target.mesh(CONFIG.mesh)
+    fresh = {k: jax.device_put(np.asarray(v), replicated(mesh)) for k, v in tiny.params(CONFIG.model).items()}
+    params = served_params(CONFIG.model, fresh, mesh)
+    with monkeypatch.context() as patched:
+        patched.setattr(Program, "compile", note(compiled))
+        Runner(CONFIG.model, served, mesh, lambda: params)
+    assert len(planned) == 3 and planned <= compiled
 
 
 def test_each_estimate_gives_all_speeds(found):
