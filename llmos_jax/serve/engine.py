@@ -8,7 +8,7 @@ has not seen.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,15 +77,11 @@ class Engine:
             ("steps", "prompt_tokens", "generated_tokens", "draft_tokens", "accepted_tokens"), 0
         )
         self.last_step = time.monotonic()
+        self.announce: Callable[[frozenset[str]], None] = lambda ids: None  # of `in_step`, before a step begins
 
     @property
     def has_work(self) -> bool:
         return self._flight is not None or self._scheduler.has_work or bool(self._ready)
-
-    @property
-    def running(self) -> frozenset[str]:
-        """Ids of the requests that the next step may touch."""
-        return frozenset(sequence.request.id for sequence in self._scheduler.running)
 
     @property
     def in_step(self) -> frozenset[str]:
@@ -110,6 +106,7 @@ class Engine:
         renewed = Scheduler(scheduler.limits, fresh, scheduler.costs)
         engine = Engine(self.runner, renewed, self._vocabulary, self._draft, self._poison)
         engine.adapters, engine._generations, engine._counts = self.adapters, self._generations, self._counts
+        engine.announce = self.announce
         engine.start()
         return engine
 
@@ -237,6 +234,7 @@ class Engine:
             return None
         ids = frozenset(chunk.sequence.request.id for chunk in step.chunks)
         self._last_steps = self._last_steps[1], ids
+        self.announce(self.in_step)
         rows: list[Row] = []
         spans, at = [], 0
         for chunk in step.chunks:

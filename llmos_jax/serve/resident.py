@@ -64,8 +64,7 @@ class Residents:
 
     def step(self) -> list[Output]:
         """One step of each awake model that has work, after the swaps that are due."""
-        self._swap()
-        told: list[Output] = []
+        told = self._swap()
         for one in self.models.values():
             if not one.asleep and one.engine.has_work:
                 told += one.engine.step()
@@ -101,15 +100,20 @@ class Residents:
         self._say(f"{name} is awake")
         return True
 
-    def _swap(self) -> None:
+    def _swap(self) -> list[Output]:
+        told: list[Output] = []
         for name, one in self.models.items():
             if one.yielding and not one.engine.has_work:
                 self.sleep(name)
         for name, one in sorted(self.models.items(), key=lambda item: item[1].held[0].arrival if item[1].held else 0.0):
             if one.held and not one.yielding and self.wake(name):
                 for request in one.held:
-                    one.engine.add(request)
+                    try:
+                        one.engine.add(request)
+                    except ValueError as error:
+                        told += refusals(request, str(error))
                 one.held = []
+        return told
 
     def _victim(self, but: str) -> str | None:
         awake = {name: one for name, one in self.models.items() if name != but and not one.asleep}
@@ -117,3 +121,8 @@ class Residents:
 
     def _awake_bytes(self) -> int:
         return sum(one.bytes for one in self.models.values() if not one.asleep)
+
+
+def refusals(request: Request, error: str, status: int = 400) -> list[Output]:
+    """What a request that is not taken is told, for each of its answers."""
+    return [Output(request.id, i, finish="error", error=error, status=status) for i in range(request.n)]

@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,6 +29,7 @@ from llmos_jax.serve.router import Router
 from llmos_jax.serve.worker import Job
 
 Say = Callable[[str], None]
+WORKER = (sys.executable, "-m", "llmos_jax.serve.worker")  # and the number of its pipe
 START_SECONDS = 1800.0  # compiling a large model for the first time
 MOST_STARTS = 3  # in a row that fail, before requests are told so
 MOST_POISON = 4096  # fingerprints that are remembered
@@ -80,6 +82,8 @@ class Replica:
         self._failed_starts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._epoch = 0  # how many steps of this process have failed
         self._closing = False
 
     # The process.
@@ -94,12 +98,13 @@ class Replica:
         self.state, self._heard = "starting", time.monotonic()
         self.restarts += 1
         environment = {**os.environ, **_allocator(), **_devices(self._job.devices)}
-        command = [sys.executable, "-m", "llmos_jax.serve.worker", str(theirs.fileno())]
+        command = [*WORKER, str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
-        self._pipe = pipe = Connection(ours.detach())
-        pipe.send(self._job)
-        threading.Thread(target=self._listen, args=(pipe,), daemon=True).start()
+        self._pipe, self._outbox, self._epoch = Connection(ours.detach()), queue.SimpleQueue(), 0
+        self._outbox.put(self._job)
+        threading.Thread(target=self._listen, args=(self._pipe,), daemon=True).start()
+        threading.Thread(target=_speak, args=(self._pipe, self._outbox), daemon=True).start()
 
     def _listen(self, pipe: Connection) -> None:
         """In a thread: messages become events of the loop."""
@@ -112,8 +117,7 @@ class Replica:
 
     def _send(self, *message: Any) -> None:
         if self._pipe is not None:
-            with contextlib.suppress(OSError):  # it died; its end is heard by the listener
-                self._pipe.send(message)
+            self._outbox.put(message)
 
     def _hear(self, pipe: Connection, message: tuple[Any, ...]) -> None:
         if pipe is not self._pipe:
@@ -128,9 +132,10 @@ class Replica:
         elif kind == "beat":
             self.stats = rest[0]
         elif kind == "reply":
-            self._replies.pop(rest[0]).set_result(rest[1:])
+            _resolve(self._replies.pop(rest[0]), rest[1:])
         elif kind == "failed":
             self._say(f"{self.name}: a step failed ({rest[1]}); its engine was rebuilt")
+            self._epoch += 1  # what was sent before is not taken any more
             self._suspect(rest[0], certain=True)
         elif kind == "ready":
             self.about, self.state, self._failed_starts = rest[0], "ready", 0
@@ -145,11 +150,12 @@ class Replica:
         if pipe is not self._pipe or self._closing:
             return
         was_ready, self._pipe = self.state == "ready", None
+        self._outbox.put(None)
         if self._process is not None:
             self._process.kill()
             self._process.wait()
         for reply in self._replies.values():
-            reply.set_result((False, "the engine was restarted meanwhile; ask again"))
+            _resolve(reply, (False, "the engine was restarted meanwhile; ask again"))
         self._replies.clear()
         if self.state == "refused":
             return
@@ -214,7 +220,7 @@ class Replica:
 
     def _submit(self, live: Live) -> None:
         live.sent = True
-        self._send("add", live.replay() if any(live.tokens) else live.request)
+        self._send("add", live.replay() if any(live.tokens) else live.request, self._epoch)
 
     def _tell(self, output: Output) -> None:
         live = self.live.get(output.id)
@@ -284,7 +290,10 @@ class Replica:
 
 
 class Supervisor:
-    """All replicas of the served models, as the routes' client. most: requests that may be open at once."""
+    """All replicas of the served models, as the routes' client.
+
+    most: requests that may be open at once; a tenant with less than its share of them is taken all the same.
+    """
 
     def __init__(self, jobs: list[Job], *, most: int = 4096, hang_seconds: float = 120.0, say: Say = lambda _: None):
         self.replicas = [Replica(f"replica {i}", job, hang_seconds, say) for i, job in enumerate(jobs)]
@@ -336,7 +345,7 @@ class Supervisor:
         if self.draining:
             live.fail(503, "the server is about to stop; send the request again elsewhere")
             return None
-        if self.num_live >= self._most:
+        if self.num_live >= self._most and not self._below_share(live.request.tenant):
             live.fail(429, "the server has as many requests as it takes; try again in a moment")
             return None
         usable = [i for i, replica in enumerate(self.replicas) if replica.state != "refused"]
@@ -351,6 +360,14 @@ class Supervisor:
         replica = self.replicas[self._router.choose(request, ready)]
         replica.add(live)
         return replica
+
+    def _below_share(self, tenant: str) -> bool:
+        """Whether a tenant has so few requests open that another's flood must not shut it out.
+
+        Each tenant may fill an equal share whatever the others do, so at most twice `most` are open.
+        """
+        open_by = Counter(live.request.tenant for replica in self.replicas for live in replica.live.values())
+        return open_by[tenant] < self._most // len({*open_by, tenant})
 
     async def stats(self) -> dict[str, Any]:
         """Of each model, its replicas' counts summed; and how the engines fare."""
@@ -378,6 +395,18 @@ def fingerprint(request: Request) -> bytes:
     how = dataclasses.replace(request.sampling, seed=0)
     text = repr((request.model, request.adapter, request.prompt, how, request.embed))
     return hashlib.sha256(text.encode()).digest()
+
+
+def _speak(pipe: Connection, outbox: queue.SimpleQueue[Any]) -> None:
+    """In a thread: a worker that hangs does not read, and nobody but this may wait for it."""
+    with contextlib.suppress(OSError):  # it died; its end is heard by the listener
+        while (message := outbox.get()) is not None:
+            pipe.send(message)
+
+
+def _resolve(reply: asyncio.Future[Any], value: Any) -> None:
+    if not reply.done():  # who asked may have left
+        reply.set_result(value)
 
 
 def _joined(one: Any, other: Any) -> Any:

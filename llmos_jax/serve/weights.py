@@ -59,8 +59,9 @@ def served_params(model: ModelConfig, params: Params, mesh: Mesh) -> Unstacked:
     for path in list(params):
         stack = params.pop(path)
         if by_host and path.startswith("segments."):
-            layers = [leaf.sharding for leaf in places[path]]  # type: ignore[union-attr]
-            served[path] = tuple(jax.device_put(list(np.asarray(stack)), layers))
+            layers: Any = places[path]
+            parts = [part.reshape(leaf.shape) for part, leaf in zip(np.asarray(stack), layers, strict=True)]
+            served[path] = tuple(jax.device_put(parts, [leaf.sharding for leaf in layers]))
         elif by_host:
             served[path] = stack
         else:

@@ -5,6 +5,7 @@ told who was in it, a new engine is built over the same compiled programs and we
 it had accepted.
 """
 
+import functools
 import os
 import queue
 import signal
@@ -16,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from llmos_jax.config import MeshConfig, UserError
-from llmos_jax.serve.request import Output, Request, Token
+from llmos_jax.serve.request import Request, Token
 
 IDLE_SECONDS = 0.5  # between two signs of life
 
@@ -44,6 +45,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._residents = Residents(job.awake_bytes or float("inf"), self._say)
         self._running: dict[str, frozenset[str]] = {}
+        self._epoch = 0  # how many steps have failed
         self._stopped = False
 
     def run(self) -> None:
@@ -54,7 +56,8 @@ class Worker:
             self._residents.put(one.name, build_engine(one, self._job.mesh, self._say, self._job.poison))
         for adapter in self._job.adapters:
             self._do_load_adapter(*adapter)
-        for one in self._residents.models.values():
+        for name, one in self._residents.models.items():
+            one.engine.announce = functools.partial(self._tell_running, name)
             one.engine.start()
         self._send("ready", {name: one.engine.about() for name, one in self._residents.models.items()})
         while not self._stopped:
@@ -88,7 +91,9 @@ class Worker:
     def _handle(self, message: tuple[Any, ...]) -> None:
         kind, *rest = message
         if kind == "add":
-            self._add(rest[0])
+            request, epoch = rest
+            if epoch == self._epoch:  # else it was sent before its sender heard of a failure, and is sent again
+                self._add(request)
         elif kind == "abort":
             self._residents.abort(rest[0])
         elif kind == "call":
@@ -98,14 +103,18 @@ class Worker:
             self._stopped = True
 
     def _add(self, request: Request) -> None:
+        from llmos_jax.serve.resident import refusals
+
         try:
             self._residents.add(request)
         except ValueError as error:
-            told = [Output(request.id, i, finish="error", error=str(error), status=400) for i in range(request.n)]
-            self._send("outputs", told)
+            self._send("outputs", refusals(request, str(error)))
+        except Exception:
+            traceback.print_exc()
+            self._residents.abort(request.id)
+            self._send("outputs", refusals(request, "the engine failed to take this request; its log says why", 500))
 
     def _step(self) -> None:
-        self._tell_running()
         try:
             told = self._residents.step()
         except Exception as error:
@@ -115,6 +124,7 @@ class Worker:
                 one.engine = one.engine.rebuilt()
                 one.held = []
             self._running = {}
+            self._epoch += 1
             self._send("failed", suspects, f"{type(error).__name__}: {error}")
             return
         if told:
@@ -126,12 +136,11 @@ class Worker:
 
     _told = 0.0
 
-    def _tell_running(self) -> None:
-        """Who would be to blame if the process died in the next step."""
-        running = {name: one.engine.running for name, one in self._residents.models.items()}
-        if running != self._running:
-            self._running = running
-            self._send("running", frozenset().union(*running.values()))
+    def _tell_running(self, model: str, ids: frozenset[str]) -> None:
+        """Who would be to blame if the process died in the step of `model` that begins."""
+        if self._running.get(model) != ids:
+            self._running[model] = ids
+            self._send("running", frozenset().union(*self._running.values()))
 
     def _stats(self) -> dict[str, Any]:
         return {
@@ -145,6 +154,9 @@ class Worker:
             return True, getattr(self, f"_do_{name}")(*arguments)
         except (UserError, ValueError, KeyError) as error:
             return False, str(error)
+        except Exception as error:  # of a damaged file, say: no reason to lose what runs
+            traceback.print_exc()
+            return False, f"{type(error).__name__}: {error}"
 
     def _do_stats(self) -> dict[str, Any]:
         return self._stats()

@@ -1,5 +1,7 @@
 """Errors as OpenAI's API writes them: {"error": {"message", "type", "param", "code"}}, whatever went wrong."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -15,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmos_jax.config import UserError
 
+LINGER_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 _TYPES = {
@@ -170,7 +173,8 @@ def _methods(request: Request) -> list[str]:
 class BodyLimit:
     """ASGI middleware: a body of more than `max_bytes` is answered with 413, whether its length was told or not.
 
-    The rest of such a body is not read: the connection is closed.
+    The rest of such a body is thrown away, for half a minute at most, then the connection is closed: were it closed at
+    once, the client, which is still sending, would see a broken connection in place of the answer.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
@@ -208,7 +212,14 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = ApiError(413, f"the body is larger than the {self.max_bytes} bytes that this server takes")
-        await error.response({"Connection": "close"})(scope, receive, send)
+        response = error.response({"Connection": "close"})
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while (await receive()).get("more_body"):
+                    pass
+        await send({"type": "http.response.body"})
 
 
 class _TooLargeError(Exception):

@@ -1,6 +1,8 @@
 """The server as a whole: the engines' supervisor, the routes, keys and log, and an end that loses nothing."""
 
 import asyncio
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import signal
@@ -25,6 +27,7 @@ from llmos_jax.serve.supervisor import Supervisor
 from llmos_jax.serve.worker import Job
 
 Say = Callable[[str], None]
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -79,6 +82,7 @@ class _Server(uvicorn.Server):
 
 async def serve(settings: Settings, say: Say) -> None:
     """Runs until a signal ends it. Raises UserError where a model cannot be served."""
+    _bound_heaps()
     served = {one.name: _served(one) for one in settings.jobs[0].models}
     hashes = {one.name: _model_hash(one) for one in settings.jobs[0].models}
     supervisor = Supervisor(
@@ -106,6 +110,17 @@ async def serve(settings: Settings, say: Say) -> None:
     finally:
         await supervisor.close()
         gate.close()
+
+
+def _bound_heaps() -> None:
+    """Has glibc's malloc keep two heaps, not one a thread, and give buffers from 256 KiB back at once (mallopt(3)).
+
+    Otherwise texts and lists of megabytes, which come and go in many threads, leave holes in all of them.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 2)
+        mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 def _server(
