@@ -7,6 +7,7 @@ from importlib.metadata import version
 import litellm
 from telling import KEY, MESSAGES, MODEL, TOOL, URL, tell
 
+litellm.suppress_debug_info = True
 TO = {"model": f"openai/{MODEL}", "api_base": URL, "api_key": KEY, "num_retries": 0, "temperature": 0}
 
 

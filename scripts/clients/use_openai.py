@@ -134,5 +134,24 @@ def errors() -> None:
     refused(openai.AuthenticationError, key="sk-wrong")
 
 
+def a_wrong_key_sees_nothing() -> None:
+    wrong = openai.OpenAI(base_url=URL, api_key="sk-llmos-wrong", max_retries=0)
+    for call in (
+        wrong.models.list,
+        lambda: wrong.models.retrieve(MODEL),
+        lambda: wrong.completions.create(model=MODEL, prompt="1, 2,", max_tokens=2),
+        lambda: list(wrong.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=2, stream=True)),
+        lambda: wrong.embeddings.create(model=MODEL, input="a cat"),
+        lambda: wrong.responses.create(model=MODEL, input="a cat", max_output_tokens=2),
+        lambda: wrong.responses.retrieve("resp_0"),
+    ):
+        try:
+            call()
+        except openai.AuthenticationError as error:
+            assert MODEL not in str(error)
+            continue
+        raise AssertionError("a wrong key was taken")
+
+
 ALL = [models, chat, stream, tools, json_schema, logprobs, several_answers, stop, embeddings, responses]
-sys.exit(tell(f"openai {openai.__version__}", [*ALL, responses_tools, errors]))
+sys.exit(tell(f"openai {openai.__version__}", [*ALL, responses_tools, errors, a_wrong_key_sees_nothing]))
