@@ -1,4 +1,4 @@
-"""Drives a real server, with keys, through the clients that people have.
+"""Drives a real server, with keys, through the clients that people have, and as those who run it do.
 
     python scripts/check_clients.py                           # makes .venv-clients with the newest clients
     python scripts/check_clients.py --only openai lm_eval --venv DIR
@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -35,18 +36,30 @@ TOLERANCE = 0.05  # nats for each token of a continuation, between the server's 
 class Server:
     """`llmos serve` on a free port, with keys required; ready when entered, ended by SIGTERM. Its log is in `log`."""
 
-    def __init__(self, folder: Path, model: str, options: list[str], scopes: tuple[str, ...] = ("infer",)):
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        options: list[str],
+        scopes: tuple[str, ...] = ("infer",),
+        tls: tuple[Path, Path] | None = None,
+    ):
         folder.mkdir(exist_ok=True)
         self.folder, self.reference, self.model = folder, model, Path(model).name
-        self.log, db = folder / "server.log", folder / "serve.sqlite"
+        self.log, self.database = folder / "server.log", folder / "serve.sqlite"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.root = f"http://127.0.0.1:{free.getsockname()[1]}"
+            port = str(free.getsockname()[1])
+        self.root, self.trust = f"http{'s' if tls else ''}://127.0.0.1:{port}", None
+        if tls:
+            self.trust = ssl.create_default_context(cafile=tls[0])
+            options = [*options, "--tls-certificate", str(tls[0]), "--tls-key", str(tls[1])]
         wanted = [word for scope in scopes for word in ("--scope", scope)]
-        told = json.loads(llmos("keys", "create", "clients", "--db", str(db), "--json", *wanted))
+        made = llmos("keys", "create", "clients", "--db", str(self.database), "--json", *wanted)
+        told = json.loads(made.stdout)
         self.key, self.key_id, self.url = told["key"], told["id"], f"{self.root}/v1"
-        self.command = [sys.executable, "-m", "llmos_jax.cli", "serve", model, "--port", self.root.rpartition(":")[2]]
-        self.command += ["--db", str(db), "--require-keys", *options]
+        self.command = [sys.executable, "-m", "llmos_jax.cli", "serve", model, "--port", port]
+        self.command += ["--db", str(self.database), "--require-keys", *options]
 
     def __enter__(self) -> "Server":
         with self.log.open("wb") as out:
@@ -69,13 +82,13 @@ class Server:
 
     def _ready(self) -> bool:
         with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.root}/ready", timeout=5).status == 200
+            return urllib.request.urlopen(f"{self.root}/ready", timeout=5, context=self.trust).status == 200
         return False
 
 
-def llmos(*arguments: str) -> str:
+def llmos(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llmos_jax.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def make_environment(folder: Path) -> Path:
@@ -215,6 +228,28 @@ def check_schemathesis(python: Path, server: Server, folder: Path) -> bool:
     return tell("schemathesis: the server's log", f"{len(trouble)} tracebacks" if trouble else "") and ok
 
 
+def check_operating(python: Path, server: Server, folder: Path) -> bool:
+    """A server of its own, over TLS, ended by SIGTERM while it answers; then its log."""
+    from clients import operating
+
+    where = folder / "operating"
+    where.mkdir()
+    try:
+        tls = operating.certificate(where)
+    except FileNotFoundError:
+        print("absent  operating: there is no openssl to make a certificate with", flush=True)
+        return True
+    options = ["--max-model-len", "2048", "--store-text"]
+    with Server(where, server.reference, options, tls=tls) as tested:
+        told = {"tls: who does not know the certificate is refused": operating.strangers_are_refused(tested)}
+        with operating.ask(tested, "/v1/chat/completions", operating.ASKED | {"max_tokens": 60}) as response:
+            id = json.load(response)["id"].removeprefix("chatcmpl-")
+        told["SIGTERM within a stream: /ready 503, a whole answer, status 0"] = operating.ended_within_a_stream(tested)
+    told |= operating.audited(llmos, tested.database, id, server.reference)
+    passed = [tell(name, problem) for name, problem in told.items()]
+    return all(passed)
+
+
 CHECKS: dict[str, tuple[str, Callable[[Path, Server, Path], bool]]] = {
     "openai": ("openai", check_openai),
     "litellm": ("litellm", check_litellm),
@@ -222,6 +257,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path, Server, Path], bool]]] = {
     "llm": ("llm", check_llm),
     "lm_eval": ("lm_eval", check_lm_eval),
     "schemathesis": ("schemathesis", check_schemathesis),
+    "operating": ("pip", check_operating),  # needs no client
 }
 
 
