@@ -216,7 +216,7 @@ def check_schemathesis(python: Path, server: Server, folder: Path) -> bool:
         command = [str(python.with_name("schemathesis")), "--config-file", str(CLIENTS / "schemathesis.toml"), "run"]
         command += [f"{tested.root}/openapi.json", "--header", f"Authorization: Bearer {tested.key}"]
         command += ["--mode", "all", "--exclude-path", "/admin/drain", "--max-examples", str(EXAMPLES)]
-        command += ["--workers", "4", "--seed", "1", "--no-color"]
+        command += ["--seed", "1", "--no-color"]
         told = environment(PYTHONPATH=str(CLIENTS), LLMOS_MODEL=tested.model, LLMOS_KEY_ID=tested.key_id)
         done = subprocess.run(command, cwd=tested.folder, env=told, capture_output=True, text=True, timeout=3600)
         trouble = re.findall(r"^Traceback.*", tested.log.read_text(), re.MULTILINE)

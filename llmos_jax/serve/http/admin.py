@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +16,9 @@ from llmos_jax.serve.http import accounts, audit
 from llmos_jax.serve.http.app import secured_router
 from llmos_jax.serve.http.errors import ANY_ROUTE, ApiError, bad, declared
 from llmos_jax.serve.http.gatekeeper import Gatekeeper
-from llmos_jax.serve.http.hooks import ADMIN, INFER, METRICS, Caller
+from llmos_jax.serve.http.hooks import ADMIN, METRICS, Caller
 from llmos_jax.serve.http.metrics import CONTENT_TYPE, HasStats, Metrics, gather
+from llmos_jax.serve.http.schemas import Int
 
 PAGE = {
     "index.html": "text/html; charset=utf-8",
@@ -36,14 +37,15 @@ PAGE_HEADERS = {
 
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
-Number = Annotated[int, Field(ge=1, le=2**53)]
+Number = Annotated[Int, Field(ge=1, le=2**53)]
+Scope = Literal["infer", "admin", "metrics"]
 Action = Callable[[], Awaitable[dict[str, Any]]]
 ModelAction = Callable[[str], Awaitable[dict[str, Any]]]
 AdapterAction = Callable[["AdapterBody"], Awaitable[dict[str, Any]]]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class QuotaBody(Body):
@@ -57,10 +59,10 @@ class QuotaBody(Body):
 class KeyBody(Body):
     name: str = Field(min_length=1, max_length=200)
     tenant: str = Field("", max_length=200)
-    scopes: list[str] = Field(default=[INFER], max_length=8)
+    scopes: list[Scope] = Field(default=["infer"], min_length=1, max_length=8)
     models: list[str] | None = Field(None, max_length=1000)
     expires_in: float | None = Field(None, gt=0, le=1e10, description="seconds")
-    priority: int = Field(0, ge=-1000, le=1000)
+    priority: Int = Field(0, ge=-1000, le=1000)
     quota: QuotaBody = QuotaBody()
 
 

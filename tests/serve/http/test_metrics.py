@@ -177,7 +177,7 @@ def test_without_a_key_nothing_is_seen(server, method, url):
 
 
 def test_keys_are_administered_over_http(server):
-    body = {"name": "eve", "quota": {"tokens": 5}, "scopes": ["infer"], "models": ["m"]}
+    body = {"name": "eve", "quota": {"tokens": 5.0}, "scopes": ["infer"], "models": ["m"]}
     made = server.call("POST", "/admin/keys", server.admin, json=body)
     assert made.status_code == 201 and made.json()["quota"] == {"tokens": 5}
     eve = made.json()
@@ -191,7 +191,18 @@ def test_keys_are_administered_over_http(server):
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"name": ""}, {"name": "a", "quota": {"tokens": 0}}, {"name": "a", "scopes": ["x"]}]
+    "body",
+    [
+        {},
+        {"name": ""},
+        {"name": "a", "quota": {"tokens": 0}},
+        {"name": "a", "quota": {"tokens": True}},
+        {"name": "a", "scopes": ["x"]},
+        {"name": "a", "scopes": []},
+        {"name": "a", "priority": False},
+        {"name": "a", "priority": "1"},
+        {"name": "a", "expires_in": "60"},
+    ],
 )
 def test_a_bad_key_is_refused_with_a_reason(server, body):
     answer = server.call("POST", "/admin/keys", server.admin, json=body)

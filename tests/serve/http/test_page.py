@@ -27,7 +27,10 @@ from tests.serve.http.browser import CHROMIUM, Browser
 
 FOLDER = Path(__file__).parents[3] / "llmos_jax" / "serve" / "http" / "page"
 HOSTILE = "<img src=x onerror=\"document.title='broken into'\"><b>bold</b>"
-CODE = "Here it is:\n```python\ndef twice(x):\n    return 2 * x\n```\nCall `twice(4)`."
+TWICE = (
+    "def twice(x):\n    return 2 * x  # a line that is wider than the page of a telephone, and scrolls in its own box"
+)
+CODE = f"Here it is:\n```python\n{TWICE}\n```\nCall `twice(4)`."
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
@@ -206,7 +209,7 @@ def test_an_answer_streams(site, page):
 @browser_only
 def test_code_is_readable_and_nothing_is_read_as_html(page):
     ask(page, "code")
-    assert page.text(".message.assistant pre") == "def twice(x):\n    return 2 * x"
+    assert page.text(".message.assistant pre") == TWICE
     assert page.text(".message.assistant code") == "twice(4)"
     ask(page, "hostile")
     assert last(page) == HOSTILE
