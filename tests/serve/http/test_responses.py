@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmos_jax.serve.http.errors import ApiError
-from llmos_jax.serve.http.hooks import Caller
+from llmos_jax.serve.http.hooks import Caller, NullHooks
 from llmos_jax.serve.http.responses import Store
 from llmos_jax.serve.http.responses_schemas import Response
 from tests.serve.http import fake
@@ -143,3 +143,23 @@ def test_the_store_is_bounded_and_keeps_tenants_apart():
     for response in list(store._kept):
         store.drop("a", response)
     assert store._size == 0
+
+
+def test_a_response_of_one_tenant_is_not_there_for_another():
+    class Tenants(NullHooks):
+        def authorize(self, authorization, path):
+            return Caller(tenant=authorization or "")
+
+    app = fake.app(fake.FakeClient("Hello"), Tenants())
+    a, b = {"authorization": "a"}, {"authorization": "b"}
+    path = f"/v1/responses/{respond_as(app, a).json()['id']}"
+    before = {"previous_response_id": path.rpartition("/")[2]}
+    assert respond_as(app, b, **before).status_code == 404 and respond_as(app, a, **before).status_code == 200
+    for method in ("GET", "DELETE"):
+        assert fake.call(app, method, path, headers=b).status_code == 404
+        assert fake.call(app, method, path, headers=a).status_code == 200
+    assert fake.call(app, "GET", path, headers=a).status_code == 404
+
+
+def respond_as(app, headers, **body):
+    return fake.post(app, "/v1/responses", {"model": "m", "input": "Hi"} | body, headers=headers)
