@@ -308,11 +308,13 @@ class Penalties:
         )
         self._seen = np.zeros(64, bool)
         for token, bias in sampling.logit_bias:
-            self._bias[self._slot_of(token)] += bias
+            slot = self._slot_of(token)  # first, as it may put longer arrays in place
+            self._bias[slot] += bias
         self._stops = [self._slot_of(token) for token in sampling.stop_ids] if sampling.min_tokens else []
         if sampling.repetition_penalty != 1.0:
             for token in prompt:
-                self._seen[self._slot_of(token)] = True
+                slot = self._slot_of(token)
+                self._seen[slot] = True
 
     def extend(self, tokens: Sequence[Token]) -> None:
         """Tells the next tokens of the answer."""
@@ -336,7 +338,8 @@ class Penalties:
         self._num_output += change * len(tokens)
         if self._penalizes:
             for token in tokens:
-                self._counts[self._slot_of(token)] += change
+                slot = self._slot_of(token)
+                self._counts[slot] += change
 
     def _slot_of(self, token: Token) -> int:
         slot = self._slot.setdefault(token, len(self._slot))

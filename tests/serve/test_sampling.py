@@ -300,6 +300,19 @@ def test_penalties_follow_the_answer(options, prompt, parts, ahead):
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("what", ["prompt", "answer", "bias"])
+def test_penalties_hold_more_tokens_than_fit_at_first(what):
+    tokens = list(range(1000))
+    bias = tuple((token, float(token)) for token in tokens) if what == "bias" else ()
+    options = Sampling(max_tokens=2000, frequency_penalty=0.5, repetition_penalty=1.25, logit_bias=bias)
+    penalties = Penalties(options, tokens if what == "prompt" else ())
+    penalties.extend(tokens if what == "answer" else ())
+    ids, add, factor = penalties.lists()
+    assert ids.tolist() == tokens
+    assert add.tolist() == ([-0.5] * 1000 if what == "answer" else [value for _, value in bias] or [0.0] * 1000)
+    assert set(factor.tolist()) == {1.0 if what == "bias" else 1.25}
+
+
 def test_rows_are_padded_with_the_likeliest_token():
     draw = draw_arrays([(Sampling(max_tokens=1, temperature=0.5, top_k=3), 2**32 + 5, 11)], 4)
     assert draw.temperature.tolist() == [0.5, 0, 0, 0] and draw.seed.tolist() == [5, 0, 0, 0]
