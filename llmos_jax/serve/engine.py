@@ -22,9 +22,10 @@ from llmos_jax.serve.draft import DraftModel
 from llmos_jax.serve.request import Output, Request, Token, TokenLogprobs
 from llmos_jax.serve.runner import Drawn, Row, Runner
 from llmos_jax.serve.sampling import Penalties
-from llmos_jax.serve.scheduler import Chunk, Scheduler, Step
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.sequence import Sequence
 from llmos_jax.serve.speculate import Ngrams
+from llmos_jax.serve.step import Chunk, Step
 from llmos_jax.serve.structured import Structure, Vocabulary
 
 MIN_NGRAM, MAX_NGRAM = 2, 4  # tokens that must recur before what followed them is guessed

@@ -6,8 +6,9 @@ import pytest
 
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.fair import FairQueue
+from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Request, Sampling
-from llmos_jax.serve.scheduler import Costs, Limits, Scheduler
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.sequence import Sequence
 
 SERIAL = itertools.count()
