@@ -77,6 +77,8 @@ class Scheduler:
             self._waiting.push(unfinished[0])
         if len(unfinished) > 1:
             self._siblings[request.id] = unfinished[1:]
+        if self._waiting.is_crowded:
+            self._waiting.forget({sequence.request.tenant for sequence in self.running})
         return sequences
 
     def abort(self, id: str) -> list[Sequence]:
