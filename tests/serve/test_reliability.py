@@ -21,7 +21,8 @@ def script(name: str):
 
 
 load = script("reliability_load")
-check = script("check_reliability")
+run = script("reliability_run")
+check = script("reliability_checks")
 
 
 @pytest.mark.slow  # it compiles a server's programs
@@ -91,7 +92,7 @@ def test_a_refusal_is_judged():
 
 def test_memory_that_grows_is_found():
     def samples(growth: float) -> list:
-        return [check.Sample(float(i), int((100 + growth * i) * 2**20), 2**28, 7) for i in range(100)]
+        return [run.Sample(float(i), int((100 + growth * i) * 2**20), 2**28, 7) for i in range(100)]
 
     assert all(one.passed for one in check.check_memory(samples(0.0), 10))
     assert [one.passed for one in check.check_memory(samples(1.0), 10)] == [False, True]
