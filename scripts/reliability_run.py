@@ -16,7 +16,7 @@ from scripts.reliability_server import TENANTS, Server, resident
 
 SECONDS = 180.0  # after which a request counts as hanging
 RECOVERY = 60.0  # seconds after which a killed engine counts as lost
-EVERY = 0.5  # seconds between samples of the system
+EVERY = 0.2  # seconds between samples of the system
 WATCHED = ("preemptions", "evictions", "swaps", "hits", "generated_tokens", "accepted_tokens", "compilations")
 
 
