@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llmos_jax.serve.block_manager import BlockManager
+from llmos_jax.serve.limits import Limits
 from llmos_jax.serve.request import Request, Sampling
-from llmos_jax.serve.scheduler import Limits, Scheduler
+from llmos_jax.serve.scheduler import Scheduler
 
 CASES = [
     (running, waiting, tenants)

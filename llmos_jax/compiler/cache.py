@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -250,20 +251,38 @@ def _header(file: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
+_aside = threading.Lock()
+_compiling = 0  # threads that have jax's cache set aside
+_was_on = False  # jax's cache, before the first of them
+
+
 @contextlib.contextmanager
 def _jax_cache_aside() -> Iterator[None]:
     """Compiles for real. What jax takes from its own cache on disk cannot be stored again on a CPU: it serializes
-    without complaint, loads, and then lacks functions when it runs (jax 0.10.2)."""
-    if not (was_on := jax.config.jax_enable_compilation_cache):  # type: ignore[attr-defined]
-        yield
-        return
+    without complaint, loads, and then lacks functions when it runs (jax 0.10.2).
+
+    Whether jax's cache is on holds for the whole process: of threads that compile at once the first turns it off, and
+    the last turns it on again. Meanwhile other threads compile without it, which costs time only.
+    """
+    global _compiling, _was_on
+    with _aside:
+        if not _compiling:
+            _was_on = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+            _turn_jax_cache(False)
+        _compiling += 1
     try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        jax_cache.reset_cache()  # it remembers whether it is on
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", was_on)
-        jax_cache.reset_cache()
+        with _aside:
+            _compiling -= 1
+            if not _compiling:
+                _turn_jax_cache(_was_on)
+
+
+def _turn_jax_cache(on: bool) -> None:
+    if jax.config.jax_enable_compilation_cache != on:  # type: ignore[attr-defined]
+        jax.config.update("jax_enable_compilation_cache", on)
+        jax_cache.reset_cache()  # it remembers whether it is on
 
 
 # The folder, and the other processes.

@@ -7,8 +7,8 @@ large model gives them, which is exact, and with the same seeds the answer is th
 
 from llmos_jax.serve.request import Sampling
 from llmos_jax.serve.runner import Row, Runner
-from llmos_jax.serve.scheduler import Chunk, Step
 from llmos_jax.serve.sequence import Sequence
+from llmos_jax.serve.step import Chunk, Step
 
 GREEDY = Sampling(1, temperature=0.0)
 

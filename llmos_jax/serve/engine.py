@@ -22,9 +22,10 @@ from llmos_jax.serve.draft import DraftModel
 from llmos_jax.serve.request import Output, Request, Token, TokenLogprobs
 from llmos_jax.serve.runner import Drawn, Row, Runner
 from llmos_jax.serve.sampling import Penalties
-from llmos_jax.serve.scheduler import Chunk, Scheduler, Step
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.sequence import Sequence
 from llmos_jax.serve.speculate import Ngrams
+from llmos_jax.serve.step import Chunk, Step
 from llmos_jax.serve.structured import Structure, Vocabulary
 
 MIN_NGRAM, MAX_NGRAM = 2, 4  # tokens that must recur before what followed them is guessed
@@ -40,6 +41,8 @@ class _Answer:
     masks: list[np.ndarray] = field(default_factory=list)  # of the drafts of the step in flight
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     told: bool = False
+    added: float = field(default_factory=time.monotonic)
+    queued: float | None = None  # seconds until its first step
 
 
 @dataclass(slots=True)
@@ -272,6 +275,7 @@ class Engine:
         """The rows of a chunk whose last token is the step's token `end` - 1."""
         sequence = chunk.sequence
         request, answer = sequence.request, self._answers[sequence]
+        answer.queued = answer.queued or time.monotonic() - answer.added
         sampling = request.sampling
         seed = (sampling.seed + sequence.index) & 0xFFFFFFFF
         rows = []
@@ -360,15 +364,16 @@ class Engine:
             400 if error else 500,
             cached_tokens=sequence.cached_tokens if first else 0,
             prompt_logprobs=tuple(answer.prompt_logprobs) if first and answer.prompt_logprobs is not None else None,
+            queued=answer.queued if first and not sequence.index else None,
         )
 
     def _embedded(self, sequence: Sequence, hidden: np.ndarray) -> Output:
         """The last token's hidden state, scaled to length one."""
         if sequence.finish is None:
             self._scheduler.finish(sequence, "stop")
-        self._answers.pop(sequence)
+        queued = self._answers.pop(sequence).queued
         vector = hidden / max(float(np.linalg.norm(hidden)), 1e-12)
-        return Output(sequence.request.id, sequence.index, finish="stop", embedding=tuple(vector.tolist()))
+        return Output(*sequence.id, finish="stop", embedding=tuple(vector.tolist()), queued=queued)
 
     @contextlib.contextmanager
     def _contained(self, sequence: Sequence) -> Iterator[None]:

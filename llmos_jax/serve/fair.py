@@ -6,13 +6,14 @@ goes next, and one that comes back to the queue is lifted to the smallest counte
 while idle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 
 from llmos_jax.serve.sequence import Sequence
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # of a token, as in the paper and in what providers charge
+MOST_IDLE = 10_000  # tenants whose counters are kept while they ask for nothing
 
 Rank = tuple[bool, float, float, int]  # within a tenant: not to the front, deadline, arrival, serial number
 
@@ -41,8 +42,9 @@ class Line:
 class FairQueue:
     """All waiting sequences. Operations cost O(log waiting), and O(tenants served since) where counters moved.
 
-    served: virtual token counter of each tenant. Heaps hold keys as they were when pushed; since ranks and counters
-    only grow, or are pushed anew when a rank falls, the smallest key that is up to date is the smallest.
+    served: virtual token counter of each tenant, but of those that `forget` dropped. Heaps hold keys as they were when
+    pushed; since ranks and counters only grow, or are pushed anew when a rank falls, the smallest key that is up to date
+    is the smallest.
     """
 
     def __init__(self) -> None:
@@ -55,6 +57,7 @@ class FairQueue:
         self._listed: set[str] = set()  # the tenants in it
         self._last = 0  # counter of the tenant that left the queue last
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._crowd = 64  # so many counters are worth a look at who is idle
         self._serial = 0
         self._length = 0
 
@@ -63,6 +66,28 @@ class FairQueue:
 
     def charge(self, tenant: str, amount: int) -> None:
         self.served[tenant] += amount
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether there are so many counters that `forget` is due; it is rarely, so that it costs O(1) for each."""
+        return len(self.served) > self._crowd
+
+    def forget(self, running: Set[str]) -> None:
+        """Drops counters of tenants that neither wait nor are `running`.
+
+        One at or below the floor would be lifted there on its return, like a newcomer: nothing changes by forgetting it.
+        Of those above, `MOST_IDLE` are kept, the largest counters: what a tenant gains by being forgotten is its excess
+        over the floor.
+        """
+        floor = self._floor()
+        idle = [name for name in self.served if name not in self._waiting and name not in running]
+        ahead = sorted((name for name in idle if self.served[name] > floor), key=self.served.__getitem__)
+        for name in {*idle}.difference(ahead[-MOST_IDLE:]):
+            del self.served[name]
+        self._listed = set(self._waiting)
+        self._least = [(self.served[name], name) for name in self._listed]
+        heapify(self._least)
+        self._crowd = 2 * len(self.served) + 64
 
     def push(self, sequence: Sequence, front: bool = False) -> None:
         """Queues it; front: before those of its tenant and priority that have not begun."""
@@ -162,14 +187,14 @@ class FairQueue:
         if tenant in self._waiting:
             self._waiting[tenant] += 1
             return
-        least = self._least_counter()
-        self.served[tenant] = max(self.served.get(tenant, 0), self._last if least is None else least)
+        self.served[tenant] = max(self.served.get(tenant, 0), self._floor())
         self._waiting[tenant] = 1
         if tenant not in self._listed:
             self._listed.add(tenant)
             heappush(self._least, (self.served[tenant], tenant))
 
-    def _least_counter(self) -> int | None:
+    def _floor(self) -> int:
+        """The least counter in the queue, or of the tenant that left it last; it never falls."""
         heap = self._least
         while heap:
             counter, tenant = heap[0]
@@ -180,7 +205,7 @@ class FairQueue:
                 heapreplace(heap, (self.served[tenant], tenant))
             else:
                 return counter
-        return None
+        return self._last
 
 
 def waits(sequence: Sequence) -> bool:

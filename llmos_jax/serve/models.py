@@ -21,9 +21,10 @@ from llmos_jax.serve import cache
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.draft import DraftModel
 from llmos_jax.serve.engine import Engine
+from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Token
 from llmos_jax.serve.runner import Runner, fit_pages
-from llmos_jax.serve.scheduler import Costs, Limits, Scheduler
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.structured import Vocabulary
 from llmos_jax.serve.weights import abstract_served_params, served_params
 from llmos_jax.sharding import make_mesh

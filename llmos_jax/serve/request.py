@@ -93,7 +93,8 @@ class Output:
 
     finish: None while it goes on; "stop" (a stop id, which is among the tokens, or a grammar that is complete),
     "length", "abort", or "error" (see `error`, one sentence for the user). The last output of every answer has a
-    finish. status: the HTTP status of an error. prompt_logprobs: with the first output; its first entry is None.
+    finish. status: the HTTP status of an error. prompt_logprobs: with the first output; its first entry is None. queued:
+    seconds from the engine's acceptance to the request's first step, with the first output of its first answer.
     """
 
     id: str
@@ -106,3 +107,4 @@ class Output:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     embedding: tuple[float, ...] | None = None
+    queued: float | None = None

@@ -7,72 +7,14 @@ in flight. Where pages run out a running sequence is preempted: it gives up its 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.fair import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
+from llmos_jax.serve.limits import Costs, Limits, check_size, end_of, finish_of
 from llmos_jax.serve.request import Request, Token
 from llmos_jax.serve.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a step: `max_tokens` new tokens, `max_rows` of logits, `chunk` prompt tokens of one sequence (0: max_tokens).
-
-    max_sequences run at once, each in a slot of its own; each has at most max_model_len tokens.
-    """
-
-    max_tokens: int
-    max_rows: int
-    max_sequences: int
-    max_model_len: int
-    chunk: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_sequences <= min(self.max_tokens, self.max_rows):
-            raise ValueError(
-                f"max_tokens={self.max_tokens} and max_rows={self.max_rows} must be at least "
-                f"max_sequences={self.max_sequences}, so that every running sequence gets a token in each step"
-            )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What decides whether a preempted sequence is computed again or swapped to the host and back."""
-
-    prefill_tokens_per_second: float
-    swap_bytes_per_second: float
-    page_bytes: int
-
-    def prefers_swap(self, num_tokens: int, num_blocks: int) -> bool:
-        swap = 2 * num_blocks * self.page_bytes / self.swap_bytes_per_second
-        return swap < num_tokens / self.prefill_tokens_per_second
-
-
-@dataclass(slots=True)
-class Chunk:
-    """`num_tokens` tokens of a sequence from position `start` on, the last `num_drafts` of them its drafts.
-
-    The last `num_rows` tokens get logits: none where the chunk does not reach the last token, 1 + num_drafts where it
-    does, all where logprobs of the prompt are asked.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    num_drafts: int
-    num_rows: int
-
-
-@dataclass(slots=True)
-class Step:
-    """The device does swap_out [(block, host block)], swap_in [(host block, block)], copies [(from, to)], then chunks."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    swap_out: list[tuple[int, int]] = field(default_factory=list)
-    swap_in: list[tuple[int, int]] = field(default_factory=list)
+from llmos_jax.serve.step import Chunk, Step
 
 
 class Scheduler:
@@ -122,10 +64,12 @@ class Scheduler:
 
         Raises ValueError, one sentence, for one that could never be answered.
         """
-        self._check(request)
+        if request.id in self._requests:
+            raise ValueError(f"request {request.id} is being answered already; use another id")
+        check_size(request, self.limits, self.blocks)
         sequences = [Sequence(request, index) for index in range(request.n)]
         for sequence in sequences:
-            sequence.end = self._end(request)
+            sequence.end = end_of(request, self.limits)
             sequence.finish = finish_of(sequence)
         unfinished = [sequence for sequence in sequences if sequence.finish is None]
         if unfinished:
@@ -133,6 +77,8 @@ class Scheduler:
             self._waiting.push(unfinished[0])
         if len(unfinished) > 1:
             self._siblings[request.id] = unfinished[1:]
+        if self._waiting.is_crowded:
+            self._waiting.forget({sequence.request.tenant for sequence in self.running})
         return sequences
 
     def abort(self, id: str) -> list[Sequence]:
@@ -167,28 +113,6 @@ class Scheduler:
         """Those that were not begun before their deadline, since the last call; their finish is "error"."""
         expired, self._expired = self._expired, []
         return expired
-
-    def _check(self, request: Request) -> None:
-        name, tokens, limits = f"request {request.id}", len(request.prompt), self.limits
-        if request.id in self._requests:
-            raise ValueError(f"{name} is being answered already; use another id")
-        if not tokens:
-            raise ValueError(f"{name} has an empty prompt; give at least one token")
-        if tokens + (not request.embed) > limits.max_model_len:
-            raise ValueError(
-                f"the prompt has {tokens} tokens, and with its answer at most {limits.max_model_len} fit; shorten it"
-            )
-        pages = self.blocks.blocks_for(max(tokens, self._end(request) - 1))
-        most = self.blocks.num_blocks if request.max_pages is None else min(request.max_pages, self.blocks.num_blocks)
-        if pages > most:
-            raise ValueError(
-                f"the prompt and max_tokens need {pages} pages of {self.blocks.block_size} tokens, and at most {most} "
-                "may be held; shorten the prompt or lower max_tokens"
-            )
-
-    def _end(self, request: Request) -> int:
-        answer = 0 if request.embed else request.sampling.max_tokens
-        return min(len(request.prompt) + answer, self.limits.max_model_len)
 
     # Planning a step.
 
@@ -450,14 +374,3 @@ class Scheduler:
         if sequence is self._requests[sequence.request.id][0]:
             for sibling in self._siblings.pop(sequence.request.id, ()):
                 self._waiting.push(sibling, front=True)
-
-
-def finish_of(sequence: Sequence) -> str | None:
-    """Why it is finished by its last token, if it is."""
-    sampling = sequence.request.sampling
-    num_output = len(sequence.tokens) - sequence.num_prompt
-    if num_output > sampling.min_tokens and sequence.tokens[-1] in sampling.stop_ids:
-        return "stop"
-    if len(sequence.tokens) < sequence.end:
-        return None
-    return "length" if num_output or not (sequence.request.embed or sampling.prompt_logprobs is not None) else None

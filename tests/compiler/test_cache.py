@@ -360,6 +360,71 @@ def test_of_two_processes_at_once_one_compiles(home):
     assert (home / "traced").read_text() == "x"
 
 
+THREADS = """
+import sys, threading
+import jax, jax.numpy as jnp
+from llmos_jax.compiler.program import Program
+from llmos_jax.config import MeshConfig
+from llmos_jax.sharding import make_mesh, replicated
+import traced
+
+mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+x = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=replicated(mesh))
+quick, late = (Program(f.__name__, f, (), (x,), mesh) for f in (traced.quick, traced.late))
+
+def compile_quick():
+    executables["quick"] = quick.compile()
+    traced.quick_is_compiled.set()
+
+executables = {}
+if sys.argv[1] == "fill":  # jax's cache, by a user of the same functions
+    for event in (traced.late_began, traced.quick_is_compiled):
+        event.set()
+    for program in (quick, late):
+        program.lower().compile()
+else:
+    thread = threading.Thread(target=compile_quick)
+    thread.start()
+    if sys.argv[1] == "compile":  # else nothing is traced
+        assert traced.quick_began.wait(60)
+    executables["late"] = late.compile()
+    thread.join()
+for name, executable in sorted(executables.items()):
+    print(name, executable.from_cache, float(executable(jnp.ones((32, 32)))[0, 0]))
+"""
+
+TRACED = """
+import threading
+import jax.numpy as jnp
+quick_began, late_began, quick_is_compiled = (threading.Event() for _ in range(3))
+
+def quick(x):
+    quick_began.set()
+    assert late_began.wait(60)
+    return 2 * x
+
+def late(x):
+    late_began.set()
+    assert quick_is_compiled.wait(60)
+    return jnp.cumsum(jnp.sort(x, axis=0) @ x, axis=1)
+"""
+
+
+def test_threads_that_compile_at_once_all_store_what_runs_elsewhere(home):
+    """One begins while another is at it and ends after it, and jax's own cache on disk has the program already."""
+    (home / "traced.py").write_text(TRACED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(home)])}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(home / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    told = []
+    for mode in ("fill", "compile", "load"):
+        command = [sys.executable, "-c", THREADS, mode]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, f"{mode}: {done.stderr[-2000:]}"
+        told.append(done.stdout.split("\n")[:-1])
+    assert list((home / "jax").glob("jit_late*")), "jax's cache was not filled, so nothing is tested"
+    assert told == [[], ["late False 32.0", "quick False 2.0"], ["late True 32.0", "quick True 2.0"]]
+
+
 def test_a_lock_that_is_never_released_is_not_waited_for_for_ever(home, monkeypatch):
     import fcntl
 

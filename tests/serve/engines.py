@@ -10,9 +10,10 @@ from llmos_jax.config import ModelConfig, ServeConfig
 from llmos_jax.models.decoder import abstract_params
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.engine import Engine
+from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Output, Request, Sampling
 from llmos_jax.serve.runner import Runner
-from llmos_jax.serve.scheduler import Costs, Limits, Scheduler
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.weights import served_params
 from tests import tiny
 

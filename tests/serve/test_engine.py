@@ -1,6 +1,7 @@
 """The engine's answers are those of one sequence alone, whatever else happens around them."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -238,6 +239,20 @@ def test_aborted_pages_are_free_at_once(runner):
         engine.abort(r.id)
     assert engine.stats()["used"] == 0
     assert engine.step() == []
+
+
+def test_the_time_before_the_first_step_is_told_once_a_request(runner):
+    engine = engines.engine(runner)
+    first, second = (request(str(i), PROMPTS[i], n=2, max_tokens=4) for i in range(2))
+    engine.add(first)
+    time.sleep(0.05)
+    told = [output for output in engine.step() if output.queued is not None]
+    engine.add(second)
+    while engine.has_work:
+        told += [output for output in engine.step() if output.queued is not None]
+    assert sorted((output.id, output.index) for output in told) == [("0", 0), ("1", 0)]
+    waited = {output.id: output.queued for output in told}
+    assert waited["0"] >= 0.05 and 0 < waited["1"] < 5
 
 
 def test_embeddings_do_not_depend_on_the_batch(runner):

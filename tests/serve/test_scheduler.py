@@ -1,13 +1,16 @@
 """Each decision of the scheduler, by hand."""
 
 import itertools
+import random
 
 import pytest
 
+from llmos_jax.serve import fair
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.fair import FairQueue
+from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Request, Sampling
-from llmos_jax.serve.scheduler import Costs, Limits, Scheduler
+from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.sequence import Sequence
 
 SERIAL = itertools.count()
@@ -542,6 +545,58 @@ def test_lifted_to_the_last_that_left_where_nobody_waits():
     queue.pop(x)
     queue.push(Sequence(request(tenant="new")))
     assert queue.served["new"] == 300
+
+
+def live(chance, queues):
+    """A random life of both queues, of which the second forgets now and then; how many counters it dropped."""
+    whole, forgetful = queues
+    running, forgotten = [], 0
+    for i in range(400):
+        kind, cost = chance.random(), chance.randint(0, 20)
+        if kind < (0.3 if i // 40 % 2 else 0.5):  # the queue grows, and is empty at times
+            tenant, priority = chance.choice("abcdefghijklmnop"), chance.choice([0, 0, 1])
+            x = Sequence(request(tenant=tenant, priority=priority))
+            for queue in queues:
+                queue.push(x)
+        elif kind < 0.8:
+            x = whole.peek()
+            assert x is forgetful.peek()
+            if x is not None:
+                running.append(x)
+                for queue in queues:
+                    queue.pop(x)
+                    queue.charge(x.request.tenant, cost)
+        elif kind < 0.93 and running:
+            x = running.pop(chance.randrange(len(running)))
+            for queue in queues:
+                queue.charge(x.request.tenant, cost)
+                if cost < 4:  # preempted
+                    queue.push(x, front=True)
+        else:
+            before = len(forgetful.served)
+            forgetful.forget({x.request.tenant for x in running})
+            forgotten += before - len(forgetful.served)
+    assert forgetful.served.items() <= whole.served.items()
+    return forgotten
+
+
+def test_sharing_is_the_same_whoever_is_forgotten():
+    forgotten = [live(random.Random(seed), (FairQueue(), FairQueue())) for seed in range(200)]
+    assert sum(forgotten) > 100
+
+
+def test_counters_of_idle_tenants_are_bounded(monkeypatch):
+    monkeypatch.setattr(fair, "MOST_IDLE", 50)
+    s = scheduler()
+    s.add(request(50, tenant="greedy", max_tokens=5))
+    run(s)
+    spent = s.stats()["tenant_service"]["greedy"]
+    for i in range(2000):
+        s.add(request(5, id=str(i), tenant=f"tenant {i}", max_tokens=2))
+        run(s)
+    service = s.stats()["tenant_service"]
+    assert len(service) <= 2 * (50 + 1) + 65 and len(s._waiting._least) <= 200
+    assert service["greedy"] == spent, "who is furthest ahead is not forgotten"
 
 
 def test_aborted_waiting_are_forgotten():

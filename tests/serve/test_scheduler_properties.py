@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llmos_jax.serve.block_manager import BlockManager
+from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Request, Sampling
-from llmos_jax.serve.scheduler import Chunk, Costs, Limits, Scheduler, Step
+from llmos_jax.serve.scheduler import Scheduler
+from llmos_jax.serve.step import Chunk, Step
 
 VOCAB, STOP = 5, 4
 

@@ -125,6 +125,8 @@ class Answers:
         if output.finish == "abort":
             raise ApiError(503, "the request was aborted by the server; try again", retry_after=1)
         self._cached[number] = max(self._cached[number], output.cached_tokens)
+        if output.queued is not None:
+            self.service.hooks.queued(self._tickets[number], output.queued)
         answer = self._answers[number][output.index]
         if answer.finish:  # a stop string ended it; the engine goes on for the others
             return None

@@ -69,6 +69,9 @@ class Gatekeeper:
         reservation = self.accounts.reserve(caller, len(request.prompt), most)
         return Ticket(caller, request, model, reservation, self.metrics.begin(caller.tenant, len(request.prompt)))
 
+    def queued(self, ticket: Ticket, seconds: float) -> None:
+        self.metrics.queued(seconds)
+
     def first_token(self, ticket: Ticket) -> None:
         self.metrics.first_token(ticket.timing)
 

@@ -1,8 +1,8 @@
 """What the routes ask and tell of a request: who sends it, whether it may run, and how it went. No jax.
 
-The order of calls is authorize, admit, begin, first_token, token ..., end. Call `admit` and `begin` from the event loop
-with no await between them: admit checks the quotas, begin takes from them. `end` must follow every `begin`, whatever
-happens; a second `end` of one ticket does nothing.
+The order of calls is authorize, admit, begin, queued, first_token, token ..., end. Call `admit` and `begin` from the
+event loop with no await between them: admit checks the quotas, begin takes from them. `end` must follow every `begin`,
+whatever happens; a second `end` of one ticket does nothing.
 """
 
 from dataclasses import dataclass, field
@@ -40,6 +40,9 @@ class Hooks(Protocol):
     def begin(self, caller: Caller, request: Request, model: str) -> Any:
         """A ticket for a request about to run. Raises ApiError 404 for a model its key may not use, 503 if unfit."""
 
+    def queued(self, ticket: Any, seconds: float) -> None:
+        """The request waited so long in the engine before its first step; once, where the engine tells."""
+
     def first_token(self, ticket: Any) -> None: ...
 
     def token(self, ticket: Any, count: int, index: int = 0) -> None:
@@ -61,6 +64,9 @@ class NullHooks:
         return None
 
     def begin(self, caller: Caller, request: Request, model: str) -> None:
+        return None
+
+    def queued(self, ticket: None, seconds: float) -> None:
         return None
 
     def first_token(self, ticket: None) -> None:

@@ -93,7 +93,7 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "From acceptance to the first token", FIRST)
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens of an answer", BETWEEN)
         self._whole = self._histogram("e2e_request_latency_seconds", "From acceptance to the end", WHOLE)
-        self._queue = self._histogram("request_queue_seconds", "From acceptance to the first step", FIRST)
+        self._queue = self._histogram("request_queue_seconds", "From the engine's acceptance to the first step", FIRST)
         self._length = self._histogram("request_prompt_tokens", "Tokens of a prompt", LENGTHS)
         self._requests = self._counter("requests", "Requests that ended", ["finish"])
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts")

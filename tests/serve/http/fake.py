@@ -58,6 +58,7 @@ def outputs(text: str, request: Request, index: int = 0, chunk: int = 1, finish:
                 end,
                 cached_tokens=2 if i == 0 else 0,
                 prompt_logprobs=prompt,
+                queued=0.25 if i == index == 0 else None,
             )
         )
     return told
@@ -89,7 +90,7 @@ class FakeClient:
     @staticmethod
     def all(text: str, request: Request) -> list[Output]:
         if request.embed:
-            return [Output(request.id, finish="stop", embedding=(0.6, 0.8, 0.0, 0.0))]
+            return [Output(request.id, finish="stop", embedding=(0.6, 0.8, 0.0, 0.0), queued=0.25)]
         each = [outputs(text, request, index) for index in range(request.n)]
         longest = max(map(len, each))
         return [one[i] for i in range(longest) for one in each if i < len(one)]

@@ -17,6 +17,7 @@ from llmos_jax.serve.http.errors import ApiError
 from llmos_jax.serve.http.gatekeeper import Gatekeeper
 from llmos_jax.serve.http.metrics import MAX_TENANTS, OTHER, Metrics
 from llmos_jax.serve.request import Request, Sampling
+from tests.serve.http import fake
 
 STATS = {"running": 3, "waiting": 5, "blocks": 64, "used": 16, "cached": 8, "free": 40, "queries": 100, "hits": 25}
 STATS |= {"preemptions": 2, "draft_tokens": 9, "accepted_tokens": 4, "generated_tokens": 77, "compilations": 0}
@@ -92,6 +93,21 @@ def test_one_request_is_counted_once_everywhere(server):
     server.gate.audit.close()
     assert verify(server.path) is None
     assert server.call("GET", "/admin/audit/verify", server.admin).json()["sequence"] == 1
+
+
+def test_the_time_in_the_queue_is_counted_once_a_request(server):
+    app = fake.app(fake.FakeClient(), server.gate)
+    headers = {"Authorization": f"Bearer {server.blue['key']}"}
+    for path, body in (
+        ("completions", {"prompt": "Hi", "n": 2, "max_tokens": 4}),
+        ("completions", {"prompt": ["Hi", "Ho"], "max_tokens": 4}),
+        ("embeddings", {"input": "Hi"}),
+    ):
+        answer = fake.call(app, "POST", f"/v1/{path}", json={"model": "m"} | body, headers=headers)
+        assert answer.status_code == 200, answer.text
+    found = samples(server.call("GET", "/metrics", server.admin).text)
+    assert found["llmos_request_queue_seconds_count",] == 4
+    assert found["llmos_request_queue_seconds_sum",] == 1.0
 
 
 def test_the_engines_stats_become_gauges_and_counters(server):
