@@ -7,6 +7,9 @@ The server (`llmos serve`, in a process of its own) has a small random model unl
 tenants with keys, and a token sequence that makes its engine raise. Among the requests are clients that leave, malformed
 bodies, prompts of 100,000 tokens, schemas that are none, poison and wrong keys; meanwhile the engine's process is
 killed. The status is 1 if any check fails.
+
+All is computed in float32: answers are compared with those of an undisturbed server, and a replayed one, computed in steps
+of other sizes, is rounded another way. In bfloat16 that turns some of them.
 """
 
 import argparse
@@ -45,7 +48,7 @@ SHOWN = ("model", "requests", "kills", "over", "max_requests", "samples", "share
 
 async def measure(args: argparse.Namespace, folder: Path) -> tuple[Run, list[Check], dict[str, str]]:
     reference, options, sizes = _served(args, folder)
-    server = Server(folder, reference, ["--max-requests", str(args.max_requests), *options])
+    server = Server(folder, reference, ["--dtype", "float32", "--max-requests", str(args.max_requests), *options])
     starting = await server.start()
     mix = Mix(server.keys, poison=POISON, **sizes)
     run = Run(server, mix)

@@ -23,7 +23,8 @@ from llmos_jax.serve import cache, forward, sampling
 from llmos_jax.serve.adapter_slots import Adapters
 from llmos_jax.serve.adapters import Adapter
 from llmos_jax.serve.request import Sampling
-from llmos_jax.serve.scheduler import Step
+from llmos_jax.serve.sequence import Sequence
+from llmos_jax.serve.step import Step
 from llmos_jax.serve.weights import abstract_served_params
 from llmos_jax.sharding import replicated
 
@@ -106,7 +107,7 @@ class Runner:
         self._mover = cache.Mover({k: self._programs[k] for k in ("copy", "read", "write")}, serve.num_pages)
         self._whole = replicated(mesh)
         self._last = jax.device_put(np.zeros(serve.max_sequences, np.int32), self._whole)
-        self._tables = _Tables(serve.max_sequences, self._shapes[0].table)
+        self._tables = BlockTables(serve.max_sequences, self._shapes[0].table)
 
     @property
     def max_model_len(self) -> int:
@@ -266,7 +267,7 @@ class Runner:
         return draw, slots, adjust, mask, given
 
 
-class _Tables:
+class BlockTables:
     """The block tables of the running sequences as rows of one array, brought up to date by what is new in them."""
 
     def __init__(self, num_slots: int, width: int):
@@ -275,15 +276,17 @@ class _Tables:
         self._end = [0] * num_slots  # tokens after the last step
         self._filled = [0] * num_slots
 
-    def update(self, sequence: Any, start: int, end: int, moved: bool) -> None:
+    def update(self, sequence: Sequence, start: int, end: int, moved: bool) -> None:
         slot = sequence.slot
-        # A sequence that begins elsewhere than it ended was preempted or took drafts back: its pages may be others.
-        same = self._owner[slot] is sequence and self._end[slot] == start and not moved
+        # After a preemption its pages are others, even where it goes on at the same place in the same slot; one that
+        # took drafts back begins elsewhere than it ended.
+        owner = sequence, sequence.preemptions
+        same = self._owner[slot] == owner and self._end[slot] == start and not moved
         first = self._filled[slot] if same else 0
         blocks = sequence.blocks
         if first < len(blocks):
             self.rows[slot, first : len(blocks)] = blocks[first:]
-        self._owner[slot], self._end[slot], self._filled[slot] = sequence, end, len(blocks)
+        self._owner[slot], self._end[slot], self._filled[slot] = owner, end, len(blocks)
 
 
 def abstract(tree: Any) -> Any:

@@ -29,8 +29,7 @@ check = script("reliability_checks")
 def test_a_small_run_keeps_every_promise(tmp_path):
     command = [sys.executable, "scripts/check_reliability.py", "--requests", "200", "--kills", "1", "--samples", "8"]
     command += ["--share-seconds", "3", "--max-requests", "32", "--keep", str(tmp_path)]
-    # With a store of compiled programs, as a user has it, so that a restart is fast; and with the compiler's own
-    # options: without optimisation a replayed answer, computed by programs of other sizes, may take another turn.
+    # With a store of compiled programs and the compiler's own options, as a user has it, so that a restart is fast.
     environment = os.environ | {
         "LLMOS_HOME": str(tmp_path / "home"),
         "LLMOS_CACHE_BYTES": "1000000000",

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llmos_jax.serve.block_manager import BlockManager
 from llmos_jax.serve.limits import Costs, Limits
 from llmos_jax.serve.request import Request, Sampling
+from llmos_jax.serve.runner import BlockTables
 from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.step import Chunk, Step
 
@@ -98,6 +99,7 @@ class World:
         self.now = 0.0
         self.scheduler = Scheduler(limits, self.blocks, costs, clock=lambda: self.now)
         self.device = Device(num_blocks, block_size, num_host_blocks)
+        self.tables = BlockTables(limits.max_sequences, num_blocks)
         self.flying = []
         self.live = {}  # id -> sequences
         self.ended = self.operations = 0
@@ -136,6 +138,10 @@ class World:
             self.check_chunk(chunk)
             sequence = chunk.sequence
             known = sequence.tokens[chunk.start : chunk.start + chunk.num_tokens - chunk.num_drafts]
+            moved = bool(step.copies or step.swap_in)
+            self.tables.update(sequence, chunk.start, chunk.start + chunk.num_tokens, moved)
+            given = self.tables.rows[sequence.slot, : len(sequence.blocks)].tolist()
+            assert given == sequence.blocks, "the device is told of other pages"
             tables.append((sequence.blocks[:], sequence.slot, known))
         drawn = self.device.start(step, tables)
         for (tokens, _), (_, slot, _), chunk in zip(drawn, tables, chunks, strict=True):
@@ -220,8 +226,9 @@ class World:
         while self.scheduler.has_work or self.flying:
             bound -= 1
             assert bound, "no progress"
-            if not self.flying:
-                assert self.schedule(), "work is left and no step is planned"
+            if not self.flying and not self.schedule():
+                assert not self.scheduler.has_work, "work is left and no step is planned"  # the last ones expired
+                continue
             self.advance()
             self.check()
         assert not self.live and self.blocks.available == self.blocks.num_blocks and not self.blocks.pages
