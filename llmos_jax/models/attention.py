@@ -23,6 +23,7 @@ from llmos_jax.models.layers import (
     parameter,
     present,
     project,
+    project_together,
 )
 from llmos_jax.sharding import axis_size, gather_tokens, sharded, sum_over_tensor, token_dims, whole
 from pallas_kernels import KVPages
@@ -156,9 +157,11 @@ def _attend_paged(config: ModelConfig, options: dict, sequence: str | None, x, r
 
 
 def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None, w: dict[str, Any]):
+    weights = {name: whole(w[name], WEIGHTS[name], x.dtype) for name in ("q", "k", "v")}
+    products = project_together(x, weights, {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads})
+
     def one(name: str) -> Float[Array, "B T heads H"]:
-        y = project(x, whole(w[name], WEIGHTS[name], x.dtype)).reshape(*x.shape[:2], -1)
-        y = adapted(y, x, w, name).reshape(*x.shape[:2], -1, config.head_dim)
+        y = adapted(products[name].reshape(*x.shape[:2], -1), x, w, name).reshape(*x.shape[:2], -1, config.head_dim)
         if f"{name}_bias" in w:
             y = y + w[f"{name}_bias"].astype(x.dtype)
         if f"{name}_norm" in w:

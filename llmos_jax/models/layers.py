@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from llmos_jax.config import ModelConfig, RopeConfig
 from llmos_jax.models.quantized import QuantizedTensor, look_up, product, split_dims
 from llmos_jax.sharding import axis_size, constrain, gather_tokens, sharded, sum_over_tensor, token_dims, whole
 from pallas_kernels.cpu import matmul
+from pallas_kernels.dispatch import current_chip
 
 INIT_STD = 0.02
 
@@ -143,6 +145,9 @@ def _look_up(dtype, sequence: str | None, tokens: Int[Array, "B T"], table: Floa
 
 
 def activation(name: str, x: Array) -> Array:
+    """On a CPU in float32, where each operation on bfloat16 would be rounded on its own."""
+    if x.dtype == jnp.bfloat16 and current_chip().platform == "cpu":
+        x = x.astype(jnp.float32)
     if name == "silu":
         return jax.nn.silu(x)
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
@@ -159,6 +164,20 @@ def project(x: Array, weight: Array | QuantizedTensor, num_in: int = 1) -> Array
         return product(x.reshape(math.prod(tokens), -1), weight).reshape(*tokens, -1)
     size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
     return matmul(x.reshape(-1, size), weight.reshape(size, -1)).reshape(*tokens, *out)
+
+
+def project_together(x: Array, weights: dict[str, Any], parts: dict[str, int]) -> dict[str, Array]:
+    """`project` of x by several weights of the same input.
+
+    A server on one device has their outputs side by side in the first, and the others empty: one product takes less
+    time than several. parts: how the first's outputs are then shared out.
+    """
+    first, *others = parts
+    if not others or weights[others[0]].shape[-1]:
+        return {name: project(x, weights[name]) for name in parts}
+    joined = project(x, weights[first])
+    ends = np.cumsum(list(parts.values())) * (joined.shape[-1] // sum(parts.values()))
+    return dict(zip(parts, jnp.split(joined, ends[:-1].tolist(), axis=-1), strict=True))
 
 
 MLP_WEIGHTS = {
@@ -199,14 +218,13 @@ def _mlp(act: str, sequence: str | None, x: Float[Array, "B T D"], w: dict[str, 
     weight = {name: whole(value, MLP_WEIGHTS[name], x.dtype) for name, value in w.items() if name in MLP_WEIGHTS}
     x = gather_tokens(x, sequence)
 
-    def one(name: str, x: Array) -> Array:
-        return adapted(project(x, weight[name]), x, w, name)
-
-    up = one("up", x)
-    up = checkpoint_name(up + weight["up_bias"] if "up_bias" in weight else up, "up")
-    gate = checkpoint_name(one("gate", x), "gate") if "gate" in weight else None
+    inner = project_together(x, weight, {name: 1 for name in ("up", "gate") if name in weight})
+    inner = {name: adapted(y, x, w, name) for name, y in inner.items()}
+    up = checkpoint_name(inner["up"] + weight["up_bias"] if "up_bias" in weight else inner["up"], "up")
+    gate = checkpoint_name(inner["gate"], "gate") if "gate" in inner else None
     hidden = activation(act, up) if gate is None else activation(act, gate) * up
-    out = sum_over_tensor(one("down", hidden), sequence)
+    hidden = hidden.astype(x.dtype)
+    out = sum_over_tensor(adapted(project(hidden, weight["down"]), hidden, w, "down"), sequence)
     return checkpoint_name(out + weight["down_bias"] if "down_bias" in weight else out, "mlp_out")
 
 
@@ -251,7 +269,15 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], l
     theta = rope.local_theta if local and rope.local_theta is not None else rope.theta
     frequencies, factor = rope_frequencies(rope, head_dim, theta, scaled=not (local and rope.local_theta is not None))
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+    def tables(angles: Array) -> tuple[Array, Array]:
+        return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+    if current_chip().platform != "cpu":
+        return tables(angles)
+    # XLA's CPU compiler would compute them anew for each head of each layer, in the loops that use them, and heeds no
+    # optimization_barrier. A branch stays where it is; positions are never negative.
+    return lax.cond(jnp.max(positions) >= 0, tables, lambda angles: (angles, angles), angles)
 
 
 def apply_rope(x: Float[Array, "B T N H"], tables: tuple[Array, Array]) -> Float[Array, "B T N H"]:

@@ -66,15 +66,23 @@ def quantize_leaf(config: ModelConfig, path: str, value: Array) -> Array | Quant
     if config.quantize == "none" or (name not in _INPUTS and path not in _OUTPUT):
         value = value.astype(config.dtype)
         return value.reshape(value.shape[0], -1) if name in _BY_HEADS else value
+    platform = current_chip().platform
     if path in _OUTPUT:
-        return quantize(value, 8, axis=_OUTPUT[path])
+        return _unpadded(quantize(value, 8, axis=_OUTPUT[path]), platform)
     experts = value.shape[:1] if ".moe." in path else ()
     shape = value.shape[len(experts) :]
     matrix = value.reshape(*experts, math.prod(shape[: 1 if experts else _INPUTS[name]]), -1)
     if config.quantize == "int4":
         return quantize(matrix, 4, group_size=GROUP, symmetric=False)
     # A CPU's int8 products of a few rows read [out, in] up to three times as fast, and a GPU takes nothing else.
-    return quantize(matrix, 8) if experts or current_chip().platform == "tpu" else quantize(matrix.mT, 8, axis=-1)
+    return quantize(matrix, 8) if experts or platform == "tpu" else _unpadded(quantize(matrix.mT, 8, axis=-1), platform)
+
+
+def _unpadded(w: QuantizedTensor, platform: str) -> QuantizedTensor:
+    """On a CPU no kernel asks for whole blocks, and to pad the activations costs as much as to quantize them."""
+    if platform != "cpu" or w.axis != -1:
+        return w
+    return dataclasses.replace(w, data=w.data[..., : w.size])
 
 
 def check_quantize(config: ModelConfig, tensor: int) -> None:

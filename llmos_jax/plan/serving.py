@@ -133,7 +133,7 @@ def plan_serving(config: RunConfig, target: Target, load: Load, say: Say = lambd
     check_model(model)
     _check_mesh(model, mesh_shape(config.mesh, target.num_devices))
     mesh = target.mesh(config.mesh)
-    serve = cache.resolve_kv_dtype(model, config.serve, target.row.platform)
+    serve = cache.resolve_kv_dtype(model, config.serve)
     serve = dataclasses.replace(serve, max_model_len=serve.max_model_len or model.max_seq_len)
     _check_load(serve, load)
     params = abstract_served_params(model, mesh)

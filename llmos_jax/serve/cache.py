@@ -20,14 +20,11 @@ PAGE_DIMS = (None, "kv_heads", None, None, None)
 Pool = tuple[KVPages, ...]  # one a layer
 
 
-def resolve_kv_dtype(model: ModelConfig, serve: ServeConfig, platform: str) -> ServeConfig:
-    """`serve` with "auto" decided: the dtype of computation, and float32 on a CPU.
-
-    There XLA converts a whole pool of bfloat16 to float32 and back to write one token into it.
-    """
+def resolve_kv_dtype(model: ModelConfig, serve: ServeConfig) -> ServeConfig:
+    """`serve` with "auto" decided: the dtype of computation, or of the weights as they are read if that is smaller."""
     if serve.kv_dtype != "auto":
         return serve
-    return dataclasses.replace(serve, kv_dtype="float32" if platform == "cpu" else model.dtype)
+    return dataclasses.replace(serve, kv_dtype=min(model.dtype, model.param_dtype, key=lambda d: jnp.dtype(d).itemsize))
 
 
 def page_dtype(serve: ServeConfig) -> Any:
@@ -42,6 +39,8 @@ def page_bytes(model: ModelConfig, serve: ServeConfig) -> int:
 
 def abstract_pool(model: ModelConfig, serve: ServeConfig, mesh: Mesh) -> Pool:
     dtype = page_dtype(serve)
+    if dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu":
+        dtype = jnp.dtype("uint16")  # its bits; see KVPages
     shape = (serve.num_pages, model.num_kv_heads, 2, serve.page_size, model.head_dim)
     data: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, PAGE_DIMS))
     scales: Any = None

@@ -163,5 +163,5 @@ def draw_program(
     mask = vector("uint32", -(-model.vocab_size // 32)) if full else None
     args = (last, logits, row, ints, adjust, mask, ints)
     return Program(
-        f"draw_{rows}{'_full' if full else ''}", draw, (NUM_TOP if full else 0,), args, mesh, out_shardings=whole
+        f"draw_{rows}{'_full' if full else ''}", draw, (NUM_TOP if full else -1,), args, mesh, out_shardings=whole
     )

@@ -62,7 +62,10 @@ def resolve(wanted: ServedModel, platform: str) -> Resolved:
     source = opening.find(wanted.reference)
     dtype = wanted.dtype or default_dtype(platform)
     model = dataclasses.replace(opening.for_inference(source.model, dtype), quantize=wanted.quantize)
-    serve = cache.resolve_kv_dtype(model, wanted.serve, platform)
+    if platform == "cpu" and wanted.quantize == "int8" and not wanted.dtype:
+        # Products take int8 anyway, and what lies between them is faster in float32; see also cache.resolve_kv_dtype.
+        model = dataclasses.replace(model, dtype="float32")
+    serve = cache.resolve_kv_dtype(model, wanted.serve)
     length = serve.max_model_len or model.max_seq_len
     if length > model.max_seq_len:
         raise UserError(f"max_model_len={length} is more than the model's context, {model.max_seq_len}; lower it")

@@ -56,7 +56,7 @@ def paged_attention(
 
     Args:
       q, k_new, v_new: of the new tokens; N is a multiple of K. Scores and softmax are computed in float32.
-      pages: the pool, in floating point, int8 or float8 (with scales).
+      pages: the pool, in floating point, the bits of bfloat16, int8 or float8 (with scales).
       block_tables: the pages of a sequence in order; entries past its length are never read and may hold anything.
         A page that gets new tokens belongs to one sequence only; full pages may be shared.
       lengths: of each sequence in tokens, the new ones included; at most C * page_size.
@@ -172,7 +172,7 @@ def _check_pages(pages: KVPages) -> None:
         raise ValueError(f"pages of {pages.data.dtype.name} need scales")
     if not quantised and pages.scales is not None:
         raise ValueError(f"pages of {pages.data.dtype.name} take no scales")
-    if not quantised and not jnp.issubdtype(pages.data.dtype, jnp.floating):
+    if not quantised and pages.data.dtype != jnp.uint16 and not jnp.issubdtype(pages.data.dtype, jnp.floating):
         raise ValueError(f"pages of {pages.data.dtype.name} are not supported; use a float, {', '.join(QUANTISED)}")
     if pages.scales is not None and pages.scales.shape != (pages.data.shape[1], 2):
         raise ValueError(f"pages.scales takes [K, 2] = {(pages.data.shape[1], 2)}, not {pages.scales.shape}")

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 NEG_INF = -1e30  # not -inf: a row without any key must give zeros, not nan
@@ -16,6 +16,8 @@ class KVPages(NamedTuple):
     contiguous copy, and nothing has to be rearranged. The heads (dimension 1) can be sharded.
 
     data: keys at [:, :, 0], values at [:, :, 1].
+      uint16 stands for the bits of bfloat16: a CPU's compiler turns a whole pool of bfloat16 into float32 and back to
+      write one token into it.
     scales: of a quantised pool (int8, float8): what is stored of key head k is key / scales[k, 0], of its values
       value / scales[k, 1]. None for a pool in floating point. They are fixed for the life of the pool.
     """
@@ -43,6 +45,8 @@ def locate(num_tokens: int, lengths: Int[Array, "R"], starts: Int[Array, "R+1"],
 
 def quantise(x: Float[Array, "M K H"], scale: Float[Array, "K"] | None, dtype) -> Shaped[Array, "M K H"]:
     """x as the pool stores it: x / scale, rounded to the nearest (ties to even) and kept in the range of `dtype`."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
     if scale is None:
         return x.astype(dtype)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / scale[:, None]
@@ -51,6 +55,11 @@ def quantise(x: Float[Array, "M K H"], scale: Float[Array, "K"] | None, dtype) -
         return jnp.clip(jnp.round(x), -top, top).astype(dtype)
     top = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -top, top).astype(dtype)
+
+
+def values(data: Shaped[Array, "*any"]) -> Shaped[Array, "*any"]:
+    """What is stored, as numbers."""
+    return lax.bitcast_convert_type(data, jnp.bfloat16) if data.dtype == jnp.uint16 else data
 
 
 def stored(k_new, v_new, pages: KVPages) -> tuple[Array, Array]:
@@ -63,8 +72,10 @@ def write(k_new, v_new, pages: KVPages, block_tables, at: Located) -> KVPages:
     """The pool with the new tokens in it."""
     num_pages, _, _, page_size, _ = pages.data.shape
     page = jnp.where(at.real, block_tables[at.sequence, at.position // page_size], num_pages)  # past the end: dropped
-    new = jnp.stack(stored(k_new, v_new, pages), axis=2)
-    return pages._replace(data=pages.data.at[page, :, :, at.position % page_size].set(new, mode="drop"))
+    data = pages.data
+    for kv, new in enumerate(stored(k_new, v_new, pages)):
+        data = data.at[page, :, kv, at.position % page_size].set(new, mode="drop")
+    return pages._replace(data=data)
 
 
 def attend(q, pages, block_tables, at, *, causal, window, softcap, sinks, scale, kv_lengths):
@@ -72,7 +83,7 @@ def attend(q, pages, block_tables, at, *, causal, window, softcap, sinks, scale,
     _, _, _, _page_size, head_dim = pages.data.shape
     group = q.shape[1] // pages.data.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    kv = pages.data[block_tables].astype(dtype)  # [R, pages, K, 2, page_size, H]
+    kv = values(pages.data)[block_tables].astype(dtype)  # [R, pages, K, 2, page_size, H]
     if pages.scales is not None:
         kv = kv * pages.scales[:, :, None, None].astype(dtype)
     kv = kv.transpose(3, 0, 1, 4, 2, 5).reshape(2, block_tables.shape[0], -1, pages.data.shape[1], head_dim)

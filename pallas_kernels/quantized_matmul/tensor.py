@@ -175,5 +175,7 @@ def quantize_rows(x: Array, kind: str) -> tuple[Array, Array]:
     largest = _LARGEST[8 if kind == "int8" else "fp8"]
     values = x.astype(jnp.float32)
     scales = jnp.maximum(jnp.max(jnp.abs(values), axis=-1, keepdims=True) / largest, _TINY)
-    ratio = jnp.clip(values / scales, -largest, largest)
-    return (jnp.round(ratio).astype(jnp.int8) if kind == "int8" else ratio.astype(FP8)), scales
+    ratio = values / scales
+    if kind == "int8":  # rounding takes what is a little above the largest back to it
+        return jnp.round(ratio).astype(jnp.int8), scales
+    return jnp.clip(ratio, -largest, largest).astype(FP8), scales

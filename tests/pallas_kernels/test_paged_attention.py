@@ -43,6 +43,19 @@ def test_a_ragged_batch(implementation, mix, heads, options, seed):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_pool_of_the_bits_of_bfloat16_is_one_of_bfloat16(implementation):
+    batch = make([5, 0, 9], [1, 7, 3], heads=4, kv_heads=2, **SIZES)
+    q, k, v, pages, *where = batch.arrays()
+    q, k, v, pages = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (q, k, v, pages))
+    want, floats = paged_attention(q, k, v, pages, *where, implementation=implementation)
+    bits = pages._replace(data=jax.lax.bitcast_convert_type(pages.data, jnp.uint16))
+    out, found = paged_attention(q, k, v, bits, *where, implementation=implementation)
+    assert found.data.dtype == jnp.uint16
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(found.data, jax.lax.bitcast_convert_type(floats.data, jnp.uint16))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_sinks(implementation):
     batch = make([5, 0, 9], [1, 7, 3], heads=4, kv_heads=2, **SIZES)
     sinks = np.array([0.5, -1.0, 3.0, 0.0])
