@@ -122,6 +122,7 @@ def served_by_llama(python: str, file: str) -> dict[str, float]:
     port = free_port()
     command = [python, "-m", "llama_cpp.server", "--model", file, "--model_alias", "m", "--port", str(port)]
     command += ["--n_ctx", "1024", "--n_threads", "2", "--n_threads_batch", "2"]
+    command += ["--interrupt_requests", "false"]  # its default drops a stream when another request comes
     with server(command, port, "/v1/models") as url:
         return {f"users {n}": users(url, "m", n) for n in (8, 16)}
 
