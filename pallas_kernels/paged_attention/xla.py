@@ -16,7 +16,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, locate, merge, values, write
 
 BLOCK_KEYS = 128  # keys of a pair, and of a step of an item
-NUM_PAIRS = 4  # that a CPU computes at once: more are fewer steps, but what is not needed is gathered all the same
+NUM_PAIRS = (4, 16)  # that a CPU computes at once, of few tokens and of many; what is not needed is gathered too
 SMALL = 8  # tokens; a batch of no more is taken as single tokens only
 MAX_ITEM = 128  # tokens
 TOGETHER = 64  # tokens of the items that a CPU computes at once; each group ends with its longest sequence
@@ -108,7 +108,8 @@ def _attend_tokens(found, q, pages: KVPages, rows: Rows, most: int, options: Opt
     item, key, table, num_pairs = _pairs(
         rows.tables[sequence], begin // page_size, -(-end // page_size), width, page_size
     )
-    together = NUM_PAIRS if dispatch.current_chip().platform == "cpu" else len(token)
+    on_cpu = dispatch.current_chip().platform == "cpu"
+    together = NUM_PAIRS[len(token) > SMALL] if on_cpu else len(token)
     pad = -len(item) % together
     item, key, table = (jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in (item, key, table))
     groups = num_heads // num_kv_heads
@@ -228,12 +229,12 @@ def _placed(found, where, out, lse):
 def _gather(pages: KVPages, table, live, dtype) -> tuple[Array, Array]:
     """Keys and values of the pages [I, C] of each head, joined: [I, K, C * page_size, H] each.
 
-    Values outside live [I, S] are zero; keys there may be anything.
+    Outside live [I, S] they are zero: values have to be, and with keys too XLA's loop on a CPU takes half the time.
     """
     heads = jnp.arange(pages.data.shape[1])
     k, v = (pages.data[table[:, None, :], heads[None, :, None], kv] for kv in range(2))  # [I, K, C, page_size, H]
     k, v = (x.reshape(*x.shape[:2], -1, x.shape[4]) for x in (k, v))
-    v = jnp.where(live[:, None, :, None], v, jnp.zeros((), v.dtype))
+    k, v = (jnp.where(live[:, None, :, None], x, jnp.zeros((), v.dtype)) for x in (k, v))
     k, v = values(k), values(v)
     return (k, v) if pages.scales is None else (k.astype(dtype), v.astype(dtype))
 
@@ -265,11 +266,11 @@ def _softmax(q, k, v, seen, scales, options: Options, top=None):
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
     new_top = jnp.max(scores, axis=-1, initial=LEAST)
     new_top = new_top if top is None else jnp.maximum(top, new_top)
-    p = jnp.exp(scores - new_top[..., None])
-    weights = p.reshape(*q.shape[:2], num_rows, -1).astype(v.dtype)
+    p = jnp.exp(scores - new_top[..., None]).astype(v.dtype)
+    weights = p.reshape(*q.shape[:2], num_rows, -1)
     weights = jnp.broadcast_to(weights, (*rows.shape[:3], weights.shape[3]))
     acc = product("ikrs,iksh->ikrh", weights, v)[:, :, :num_rows].reshape(q.shape)
-    return new_top, jnp.sum(p, axis=-1), acc
+    return new_top, jnp.sum(p, axis=-1, dtype=jnp.float32), acc
 
 
 def _finish(top, total, acc, scales):
