@@ -71,19 +71,22 @@ def ours(model: str, quantize: str, vocabulary: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def server(command: list[str], port: int, ready: str) -> Iterator[str]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(1200):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=1)
-                break
-            if process.poll() is not None:
-                sys.exit(f"{' '.join(command)} ended:\n{process.stderr.read() if process.stderr else ''}")
-            time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
+    # Into a file: a pipe that nobody reads would stop a server that prints for each request.
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            for _ in range(1200):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=1)
+                    break
+                if process.poll() is not None:
+                    errors.seek(0)
+                    sys.exit(f"{' '.join(command)} ended:\n{errors.read()[-3000:]}")
+                time.sleep(0.25)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def users(url: str, model: str, concurrency: int) -> float:
