@@ -147,7 +147,7 @@ def _paged_attention(options, tokens, sequences, heads, kv_heads, head_dim, page
     per_sequence = -(-context // page_size)
     dtype = options["dtype"]
     quantised = dtype in ("int8", "float8_e4m3fn")
-    scales = jnp.ones((kv_heads, 2), jnp.float32) if quantised else None
+    scales = jnp.ones((kv_heads, 2, head_dim), jnp.float32) if quantised else None
 
     def pool():
         return api.new_pages(sequences * per_sequence, page_size, kv_heads, head_dim, jnp.dtype(dtype), scales)

@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         assert offset is not None, "a cache needs the place of its new tokens"
         if isinstance(cache, KVPages):
             pool: Any = (None, "kv_heads", None, None, None)
-            scales: Any = None if cache.scales is None else ("kv_heads", None)
+            scales: Any = None if cache.scales is None else ("kv_heads", None, None)
             paged, places = KVPages(pool, scales), Ragged((None, None), (None,), (None,), ())  # type: ignore[arg-type]
             run = functools.partial(_attend_paged, self.config, options, sequence)
             return sharded(run, (stream, turns, paged, places, names), (stream, paged))(x, rope, cache, offset, weights)

@@ -45,12 +45,13 @@ def abstract_pool(model: ModelConfig, serve: ServeConfig, mesh: Mesh) -> Pool:
     data: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, PAGE_DIMS))
     scales: Any = None
     if dtype.itemsize == 1:
-        scales = jax.ShapeDtypeStruct((model.num_kv_heads, 2), jnp.float32, sharding=sharding(mesh, ("kv_heads", None)))
+        places = sharding(mesh, ("kv_heads", None, None))
+        scales = jax.ShapeDtypeStruct((model.num_kv_heads, 2, model.head_dim), jnp.float32, sharding=places)
     return (KVPages(data, scales),) * model.num_layers
 
 
 def empty_pool(abstract: Pool, scales: list[np.ndarray] | None) -> Pool:
-    """Zeros on the devices. scales: of each layer, [K, 2], for a pool of int8 or float8."""
+    """Zeros on the devices. scales: of each layer, [K, 2, H], for a pool of int8 or float8."""
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         def block(index: Any) -> np.ndarray:

@@ -102,13 +102,11 @@ def forward(
 
 
 def largest_kv(model: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """The largest |key| and |value| of each head over tokens [1, T], [L, K, 2]."""
+    """The largest |key| and |value| of each channel over tokens [1, T], [L, K, 2, H]."""
     shape = (1, tokens.shape[1], model.num_kv_heads, model.head_dim)
     empty = tuple(Cache(*(jnp.zeros(shape, model.dtype) for _ in range(2))) for _ in range(model.num_layers))
     caches: Any = bind(model, params)(tokens, cache=empty, offset=jnp.zeros((1,), jnp.int32)).cache
-    largest = [
-        jnp.stack([jnp.max(jnp.abs(x), axis=(0, 1, 3)) for x in (layer.k, layer.v)], axis=-1) for layer in caches
-    ]
+    largest = [jnp.stack([jnp.max(jnp.abs(x), axis=(0, 1)) for x in (layer.k, layer.v)], axis=1) for layer in caches]
     return jnp.stack(largest).astype(jnp.float32)
 
 

@@ -30,7 +30,7 @@ from llmos_jax.sharding import replicated
 
 Say = Callable[[str], None]
 COMPILE_THREADS = 2
-KV_MARGIN = 1.2  # keys and values may be larger than those of the text that sets their scales, by this factor
+KV_MARGIN = 2.0  # keys and values of a channel may exceed those of the text that sets its scale by this factor
 MAX_BIAS = 512  # tokens of a logit_bias, beside those of the sequence itself
 
 
@@ -186,7 +186,7 @@ class Runner:
         self.allocate(self._scales)
 
     def calibrate(self, tokens: list[int]) -> list[np.ndarray]:
-        """The scales of pages in int8 or float8, [K, 2] a layer, from the largest keys and values of a text."""
+        """The scales of pages in int8 or float8, [K, 2, H] a layer, from the largest keys and values of a text."""
         dtype = cache.page_dtype(self.serve)
         most = float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
         ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32, sharding=replicated(self.mesh))

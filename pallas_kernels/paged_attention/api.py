@@ -21,7 +21,7 @@ QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
 def new_pages(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any, scales=None) -> KVPages:
-    """An empty pool. scales [K, 2] are needed for a quantised dtype: largest |key|, |value| of a head / dtype's largest.
+    """An empty pool. scales [K, 2, H] are needed for a quantised dtype: largest |key|, |value| / dtype's largest.
 
     Raises: ValueError where scales are missing, or given for a dtype that has none.
     """
@@ -146,14 +146,27 @@ def cascade_attention(
 def _run(op: str, implementation: dispatch.Wanted, arguments: dict[str, Any]):
     if arguments["scale"] is None:
         arguments["scale"] = arguments["q"].shape[2] ** -0.5
-    return dispatch.call(op, IMPLEMENTATIONS, implementation, arguments, _layout(arguments["pages"]))
+    scales = arguments["pages"].scales
+    if scales is None:
+        return dispatch.call(op, IMPLEMENTATIONS, implementation, arguments, _layout())
+    # (q scale) . (k / scale) is q . k, so the implementations see whole numbers only.
+    q, k_new, v_new = (arguments[name] for name in ("q", "k_new", "v_new"))
+    of_keys, of_values = (jnp.repeat(scales[:, kv], q.shape[1] // k_new.shape[1], axis=0) for kv in range(2))
+    arguments |= {
+        "q": (q * of_keys).astype(q.dtype),
+        "k_new": k_new / scales[:, 0],
+        "v_new": v_new / scales[:, 1],
+        "pages": KVPages(arguments["pages"].data),
+    }
+    out, pages = dispatch.call(op, IMPLEMENTATIONS, implementation, arguments, _layout())
+    return (out * of_values).astype(q.dtype), pages._replace(scales=scales)
 
 
-def _layout(pages: KVPages) -> Layout:
+def _layout() -> Layout:
     """Heads may be split over a mesh, with their pages; the batch is one."""
-    tokens, heads = Dims((None, "heads", None)), Dims(("heads", None))
+    tokens = Dims((None, "heads", None))
     make: Any = KVPages  # here of names, not of arrays
-    pool = make(Dims((None, "heads", None, None, None)), None if pages.scales is None else heads)
+    pool = make(Dims((None, "heads", None, None, None)))
     whole = {"block_tables": 2, "lengths": 1, "starts": 1, "num_sequences": 0}
     inputs = {"q": tokens, "k_new": tokens, "v_new": tokens, "pages": pool, "sinks": Dims(("heads",))}
     inputs |= {name: Dims((None,) * rank) for name, rank in whole.items()}
@@ -174,8 +187,9 @@ def _check_pages(pages: KVPages) -> None:
         raise ValueError(f"pages of {pages.data.dtype.name} take no scales")
     if not quantised and pages.data.dtype != jnp.uint16 and not jnp.issubdtype(pages.data.dtype, jnp.floating):
         raise ValueError(f"pages of {pages.data.dtype.name} are not supported; use a float, {', '.join(QUANTISED)}")
-    if pages.scales is not None and pages.scales.shape != (pages.data.shape[1], 2):
-        raise ValueError(f"pages.scales takes [K, 2] = {(pages.data.shape[1], 2)}, not {pages.scales.shape}")
+    takes = pages.data.shape[1], 2, pages.data.shape[4]
+    if pages.scales is not None and pages.scales.shape != takes:
+        raise ValueError(f"pages.scales takes [K, 2, H] = {takes}, not {pages.scales.shape}")
 
 
 def _check(

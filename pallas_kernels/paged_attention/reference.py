@@ -18,12 +18,13 @@ class KVPages(NamedTuple):
     data: keys at [:, :, 0], values at [:, :, 1].
       uint16 stands for the bits of bfloat16: a CPU's compiler turns a whole pool of bfloat16 into float32 and back to
       write one token into it.
-    scales: of a quantised pool (int8, float8): what is stored of key head k is key / scales[k, 0], of its values
-      value / scales[k, 1]. None for a pool in floating point. They are fixed for the life of the pool.
+    scales: of a quantised pool (int8, float8), a channel (keys have a few large ones, arXiv:2402.02750): stored are
+      key[k] / scales[k, 0] and value[k] / scales[k, 1]. None for a pool in floating point, and where an implementation
+      sees it. They are fixed for the life of the pool.
     """
 
     data: Shaped[Array, "P K 2 page_size H"]
-    scales: Float[Array, "K 2"] | None = None
+    scales: Float[Array, "K 2 H"] | None = None
 
 
 class Located(NamedTuple):
@@ -43,13 +44,12 @@ def locate(num_tokens: int, lengths: Int[Array, "R"], starts: Int[Array, "R+1"],
     return Located(sequence, position, inside.any(axis=0))
 
 
-def quantise(x: Float[Array, "M K H"], scale: Float[Array, "K"] | None, dtype) -> Shaped[Array, "M K H"]:
-    """x as the pool stores it: x / scale, rounded to the nearest (ties to even) and kept in the range of `dtype`."""
+def stored(x: Float[Array, "M K H"], dtype) -> Shaped[Array, "M K H"]:
+    """x as the pool stores it: rounded to the nearest (ties to even) and kept in the range of a quantised `dtype`."""
     if dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
-    if scale is None:
+    if dtype.itemsize > 1:
         return x.astype(dtype)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / scale[:, None]
     if jnp.issubdtype(dtype, jnp.integer):
         top = float(jnp.iinfo(dtype).max)
         return jnp.clip(jnp.round(x), -top, top).astype(dtype)
@@ -62,19 +62,13 @@ def values(data: Shaped[Array, "*any"]) -> Shaped[Array, "*any"]:
     return lax.bitcast_convert_type(data, jnp.bfloat16) if data.dtype == jnp.uint16 else data
 
 
-def stored(k_new, v_new, pages: KVPages) -> tuple[Array, Array]:
-    """The new keys and values as the pool stores them, [M, K, H] each."""
-    k_scale, v_scale = (None, None) if pages.scales is None else (pages.scales[:, 0], pages.scales[:, 1])
-    return quantise(k_new, k_scale, pages.data.dtype), quantise(v_new, v_scale, pages.data.dtype)
-
-
 def write(k_new, v_new, pages: KVPages, block_tables, at: Located) -> KVPages:
     """The pool with the new tokens in it."""
     num_pages, _, _, page_size, _ = pages.data.shape
     page = jnp.where(at.real, block_tables[at.sequence, at.position // page_size], num_pages)  # past the end: dropped
     data = pages.data
-    for kv, new in enumerate(stored(k_new, v_new, pages)):
-        data = data.at[page, :, kv, at.position % page_size].set(new, mode="drop")
+    for kv, new in enumerate((k_new, v_new)):
+        data = data.at[page, :, kv, at.position % page_size].set(stored(new, data.dtype), mode="drop")
     return pages._replace(data=data)
 
 
@@ -84,8 +78,6 @@ def attend(q, pages, block_tables, at, *, causal, window, softcap, sinks, scale,
     group = q.shape[1] // pages.data.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     kv = values(pages.data)[block_tables].astype(dtype)  # [R, pages, K, 2, page_size, H]
-    if pages.scales is not None:
-        kv = kv * pages.scales[:, :, None, None].astype(dtype)
     kv = kv.transpose(3, 0, 1, 4, 2, 5).reshape(2, block_tables.shape[0], -1, pages.data.shape[1], head_dim)
     k, v = jnp.repeat(kv, group, axis=3)[:, at.sequence]  # [M, S, N, H]
     distance = at.position[:, None] - jnp.arange(k.shape[1])

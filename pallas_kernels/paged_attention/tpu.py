@@ -52,7 +52,7 @@ def paged_attention(
 ):
     """See `api.paged_attention`."""
     options = {"softcap": softcap, "scale": scale}
-    new = stored(k_new, v_new, pages)
+    new = stored(k_new, pages.data.dtype), stored(v_new, pages.data.dtype)
     table = (block_tables, lengths, starts, num_sequences)
     if prefix is None:
         out, _, pages = _call(q, new, pages, *table, sinks, causal=True, window=window, with_lse=False, **options)
@@ -78,7 +78,7 @@ def _call(
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, _, page_size, _ = pages.data.shape
     parts = _cores() if num_kv_heads % _cores() == 0 else 1
-    compute = jnp.promote_types(q.dtype, jnp.bfloat16 if pages.scales is not None else pages.data.dtype)
+    compute = jnp.promote_types(q.dtype, jnp.bfloat16 if pages.data.dtype.itemsize == 1 else pages.data.dtype)
     form = Form(
         num_tokens=num_tokens,
         columns=tables.shape[1],
@@ -111,9 +111,6 @@ def _run(form: Form, block: Blocks, capacity: int, q, new, pages, tables, length
     scalars = [lengths, starts, tables.reshape(-1), num_sequences.reshape(1)]
     inputs = [q.reshape(num_tokens, form.parts, form.heads, head_dim), pages.data]
     specs = [in_hbm, in_hbm]
-    scales = jnp.ones((form.parts * form.kv_heads, 2), jnp.float32) if pages.scales is None else pages.scales
-    inputs.append(scales)
-    specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     if form.with_sinks:
         rows = sinks.astype(jnp.float32).reshape(form.parts, form.kv_heads, form.group, 1) / LN2
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, form.few_rows - form.group), (0, 0)))

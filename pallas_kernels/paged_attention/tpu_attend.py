@@ -318,13 +318,12 @@ def _update(form: Form, at: Refs, slot, head, q, rows: slice, keys: slice, seen)
     precision = lax.Precision.HIGHEST if compute == jnp.float32 else None
     k = at.kv_buf[slot, head, 0, keys].astype(compute)
     v = at.kv_buf[slot, head, 1, keys].astype(compute)
-    scale = form.scale * at.scales[at.part * form.kv_heads + head, 0]
     dims = (((1,), (1,)), ((), ()))
     s = lax.dot_general(q, k, dims, precision=precision, preferred_element_type=jnp.float32)
     if form.softcap is None:
-        s = s * (scale * LOG2_E)
+        s = s * (form.scale * LOG2_E)
     else:
-        s = jnp.tanh(s * (scale / form.softcap)) * (form.softcap * LOG2_E)
+        s = jnp.tanh(s * (form.scale / form.softcap)) * (form.softcap * LOG2_E)
     if seen is not None:
         s = jnp.where(seen, s, NEG_INF)
     before = at.top[head, rows]
@@ -358,8 +357,7 @@ def _fold(p: jax.Array) -> jax.Array:
 def _result(form: Form, at: Refs, head, rows: slice):
     """(out, log-sum-exp on all lanes) of a head's rows."""
     total = jnp.sum(at.total[head, rows], axis=1, keepdims=True)
-    unit = at.scales[at.part * form.kv_heads + head, 1]
-    out = at.acc[head, rows] * (unit / total)
+    out = at.acc[head, rows] * (1 / total)
     return out, (at.top[head, rows] + jnp.log2(total)) / LOG2_E
 
 

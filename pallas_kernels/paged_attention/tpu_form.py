@@ -113,7 +113,6 @@ class Refs(NamedTuple):
     num_sequences: Any
     q: Any  # [M, parts, heads, H]
     pool: Any  # [P, K, 2, page_size, H], read and written
-    scales: Any  # [K, 2]
     sinks: Any  # [1, kv_heads, few_rows, LANES], in units of log 2
     new: Any  # [M, parts, 2, kv_heads, H]: the tokens one by one
     k_by_head: Any  # [parts, kv_heads, padded tokens, H]
@@ -173,7 +172,7 @@ class Refs(NamedTuple):
 
     @classmethod
     def of(cls, form: Form, refs) -> "Refs":
-        names = ["lengths", "starts", "tables", "num_sequences", "q", "pool_in", "scales"]
+        names = ["lengths", "starts", "tables", "num_sequences", "q", "pool_in"]
         names += ["sinks"] if form.with_sinks else []
         names += ["new", "k_by_head", "v_by_head"] if form.writes else []
         names += ["out", "pool"] + (["lse"] if form.with_lse else [])

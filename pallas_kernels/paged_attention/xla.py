@@ -121,12 +121,12 @@ def _attend_tokens(found, q, pages: KVPages, rows: Rows, most: int, options: Opt
         live = (keys < end[i][:, None]) & (keys >= begin[i][:, None]) & real  # [P, S]
         mine = q[jnp.minimum(token, num_tokens - 1)[i]].reshape(together, num_kv_heads, groups, 1, head_dim)
         k, v = _gather(pages, part, live, q.dtype)
-        new = _softmax(mine, k, v, live[:, None], pages.scales, options)
+        new = _softmax(mine, k, v, live[:, None], options)
         return _add_pairs(state, i, real, *(x.reshape(together, num_heads, *x.shape[4:]) for x in new))
 
     state = _initial((len(token), num_heads), head_dim, options.sinks)
     top, total, acc = lax.fori_loop(0, -(-num_pairs // together), step, state)
-    out, lse = _finish(top, total, acc, None if pages.scales is None else jnp.repeat(pages.scales[:, 1], groups))
+    out, lse = _finish(top, total, acc)
     return _placed(found, jnp.where(taken > 0, token, num_tokens), out, lse)
 
 
@@ -207,13 +207,13 @@ def _attend_items(q, pages: KVPages, rows: Rows, size: int, sequence, first, tak
             seen &= distance < window
         k, v = _gather(pages, table, live, q.dtype)
         top, total, acc = state
-        new_top, new_total, add = _softmax(q_IKGTH, k, v, seen, pages.scales, options, top)
+        new_top, new_total, add = _softmax(q_IKGTH, k, v, seen, options, top)
         fade = jnp.exp(top - new_top)
         return new_top, total * fade + new_total, acc * fade[..., None] + add
 
     state = _initial(q_IKGTH.shape[:-1], head_dim, options.sinks)
     top, total, acc = lax.fori_loop(0, num_steps, step, state)
-    out, lse = _finish(top, total, acc, None if pages.scales is None else pages.scales[:, 1, None, None])
+    out, lse = _finish(top, total, acc)
     shape = (len(first), size, num_heads)
     return out.transpose(0, 3, 1, 2, 4).reshape(*shape, head_dim), lse.transpose(0, 3, 1, 2).reshape(shape)
 
@@ -236,7 +236,7 @@ def _gather(pages: KVPages, table, live, dtype) -> tuple[Array, Array]:
     k, v = (x.reshape(*x.shape[:2], -1, x.shape[4]) for x in (k, v))
     k, v = (jnp.where(live[:, None, :, None], x, jnp.zeros((), v.dtype)) for x in (k, v))
     k, v = values(k), values(v)
-    return (k, v) if pages.scales is None else (k.astype(dtype), v.astype(dtype))
+    return (k.astype(dtype), v.astype(dtype)) if pages.data.dtype.itemsize == 1 else (k, v)
 
 
 def _initial(shape: tuple[int, ...], head_dim: int, sinks):
@@ -248,7 +248,7 @@ def _initial(shape: tuple[int, ...], head_dim: int, sinks):
     return jnp.broadcast_to(sinks.astype(jnp.float32).reshape(heads), shape), jnp.ones(shape), acc
 
 
-def _softmax(q, k, v, seen, scales, options: Options, top=None):
+def _softmax(q, k, v, seen, options: Options, top=None):
     """(top, total, acc): the largest score, or `top` if that is larger, and sums of exp(score - top) over the keys.
 
     q [I, K, G, T, H]; k, v [I, K, S, H]; seen [I, T, S] pairs, of which v is zero where no query sees it.
@@ -258,8 +258,6 @@ def _softmax(q, k, v, seen, scales, options: Options, top=None):
     if num_rows == 1:  # a CPU sums a product with one row in another order: the bits would depend on the batch
         rows = jnp.broadcast_to(rows, (*rows.shape[:2], 2, rows.shape[3]))
     scores = product("ikrh,iksh->ikrs", rows.astype(k.dtype), k) * options.scale
-    if scales is not None:
-        scores = scores * scales[:, 0, None, None]
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
     scores = scores[:, :, :num_rows].reshape(*q.shape[:4], -1)  # [I, K, G, T, S]
@@ -273,9 +271,7 @@ def _softmax(q, k, v, seen, scales, options: Options, top=None):
     return new_top, jnp.sum(p, axis=-1, dtype=jnp.float32), acc
 
 
-def _finish(top, total, acc, scales):
-    """(out, log-sum-exp); scales: of the values, beside `top`."""
-    if scales is not None:
-        acc = acc * scales[..., None]
+def _finish(top, total, acc):
+    """(out, log-sum-exp)."""
     one = jnp.where(total == 0, 1.0, total)
     return acc / one[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(one))

@@ -38,7 +38,7 @@ def make(
 ) -> Batch:
     """Sequences with contexts[r] tokens in the pool and news[r] new ones; all other pages are nan, or the value `top`.
 
-    With `scales` [K, 2] the pool is quantised: it holds whole numbers, and so do the keys in units of the scales.
+    With `scales` [K, 2, H] the pool is quantised: it holds whole numbers, and so do the keys in units of the scales.
     """
     rng = np.random.default_rng(seed)
     draw = (lambda *shape: rng.normal(size=shape)) if scales is None else (lambda *shape: rng.integers(-9, 10, shape))
@@ -50,7 +50,7 @@ def make(
     new = rng.normal(size=(2, tokens, kv_heads, head_dim)) * 100
     lengths, starts = rng.integers(-50, 50, rows), rng.integers(-50, 50, rows + 1)
     starts[0] = 0
-    unit = np.ones((2, 1, kv_heads, 1)) if scales is None else np.asarray(scales).T[:, None, :, None]
+    unit = np.ones((2, 1, kv_heads, 1)) if scales is None else np.asarray(scales).swapaxes(0, 1)[:, None]
     keys, values = [], []
     for r, (context, count) in enumerate(zip(contexts, news, strict=True)):
         length = context + count
@@ -73,14 +73,14 @@ def expected(batch: Batch, *, window=None, softcap=None, sinks=None, scale=None)
     heads, kv_heads = batch.q.shape[1], batch.k_new.shape[1]
     page_size = data.shape[3]
     scale = batch.q.shape[2] ** -0.5 if scale is None else scale
-    unit = np.ones((kv_heads, 2)) if batch.scales is None else np.asarray(batch.scales)
+    unit = np.ones((kv_heads, 2, 1)) if batch.scales is None else np.asarray(batch.scales)
     for r in range(batch.num_sequences):
         first = batch.lengths[r] - (batch.starts[r + 1] - batch.starts[r])
         for token in range(batch.starts[r], batch.starts[r + 1]):
             at = first + token - batch.starts[r]
             page = batch.block_tables[r, at // page_size]
-            data[page, :, 0, at % page_size] = batch.keys[r][at] / unit[:, :1]
-            data[page, :, 1, at % page_size] = batch.values[r][at] / unit[:, 1:]
+            data[page, :, 0, at % page_size] = batch.keys[r][at] / unit[:, 0]
+            data[page, :, 1, at % page_size] = batch.values[r][at] / unit[:, 1]
             begin = 0 if window is None else max(0, at - window + 1)
             for n in range(heads):
                 k = n // (heads // kv_heads)

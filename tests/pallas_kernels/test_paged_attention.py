@@ -13,7 +13,8 @@ from pallas_kernels.paged_attention.api import cascade_attention, new_pages, pag
 from tests.pallas_kernels.ragged_pages import expected, make
 
 SIZES = {"tokens": 20, "rows": 4, "head_dim": 8, "page_size": 4, "columns": 6, "pool": 20}
-SCALES = {1: [[0.5, 0.25]], 2: [[0.5, 0.25], [0.125, 2.0]]}
+# By key head, keys or values, and channel; powers of two, so that whole numbers of them are exact.
+SCALES = 2.0 ** np.random.default_rng(7).integers(-4, 3, (2, 2, 8))
 # (tokens in the pool, new tokens) of each sequence: decoding, whole prompts, chunks whose borders lie inside pages
 mixes = st.lists(st.tuples(st.integers(0, 13), st.sampled_from([0, 1, 1, 2, 5])), min_size=0, max_size=4)
 HEADS = [(4, 2), (2, 2), (6, 1)]
@@ -67,7 +68,7 @@ def test_sinks(implementation):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_a_quantised_pool(implementation, dtype, kv_heads):
-    scales = np.array(SCALES[kv_heads])
+    scales = SCALES[:kv_heads]
     batch = make(
         [5, 0, 9], [1, 7, 3], heads=4, kv_heads=kv_heads, scales=scales, top=100 if dtype == "int8" else 96.0, **SIZES
     )
@@ -77,7 +78,7 @@ def test_a_quantised_pool(implementation, dtype, kv_heads):
 
 
 def test_values_that_a_quantised_pool_cannot_hold_are_kept_in_its_range():
-    pages = new_pages(2, 4, 1, 8, "int8", scales=[[1.0, 1.0]])
+    pages = new_pages(2, 4, 1, 8, "int8", scales=jnp.ones((1, 2, 8)))
     ones = jnp.ones((1, 1, 8))
     numbers = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), jnp.array([0, 1], jnp.int32)
     _, pages = paged_attention(ones, ones * 1e4, ones * -1e4, pages, *numbers, 1)
@@ -154,10 +155,10 @@ def test_pools_that_do_not_fit():
     with pytest.raises(ValueError, match="pages of int8 need scales"):
         new_pages(2, 4, 2, 8, "int8")
     with pytest.raises(ValueError, match="pages of bfloat16 take no scales"):
-        new_pages(2, 4, 2, 8, "bfloat16", scales=jnp.ones((2, 2)))
+        new_pages(2, 4, 2, 8, "bfloat16", scales=jnp.ones((2, 2, 8)))
     with pytest.raises(ValueError, match="pages of int16 are not supported"):
         new_pages(2, 4, 2, 8, "int16")
-    with pytest.raises(ValueError, match=r"pages.scales takes \[K, 2\] = \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"pages.scales takes \[K, 2, H\] = \(2, 2, 8\)"):
         new_pages(2, 4, 2, 8, "int8", scales=jnp.ones(2))
     pages = good()["pages"]
     with pytest.raises(ValueError, match=r"pages.data takes \[P, K, 2, page_size, H\]"):

@@ -54,8 +54,8 @@ def test_a_ragged_batch(mix, options, seed):
 
 @pytest.mark.parametrize(("dtype", "top"), [("int8", 100), ("float8_e4m3fn", 96.0)])
 def test_a_quantised_pool(dtype, top):
-    scales = np.array([[0.5, 0.25]])
     sizes = SIZES | {"page_size": 32, "columns": 2, "pool": 8}
+    scales = 2.0 ** np.random.default_rng(7).integers(-2, 2, (1, 2, sizes["head_dim"]))
     batch = make([5, 33, 30], [1, 1, 7], heads=2, kv_heads=1, scales=scales, top=top, **sizes)
     out, pages = program(paged_attention)(*batch.arrays(pages=dtype))
     assert pages.data.dtype == dtype

@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from llmos_jax import opening
 from llmos_jax.models.generate import Generator
@@ -51,12 +53,17 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(gguf: Path) -> list[tuple[list[int], str]]:
-    """Prompts of 6 to 300 tokens, some the beginnings of others, and what the model says to each by itself."""
+def generator(gguf: Path) -> Generator:
     source = opening.find(str(gguf))
     model = opening.for_inference(source.model, "float32")
-    mesh, tokenizer = tiny.mesh(data=1), opening.tokenizer_of(source)
-    generator = Generator(model, opening.weights_of(source, model, mesh), mesh)
+    mesh = tiny.mesh(data=1)
+    return Generator(model, opening.weights_of(source, model, mesh), mesh)
+
+
+@pytest.fixture(scope="module")
+def alone(gguf: Path, generator: Generator) -> list[tuple[list[int], str]]:
+    """Prompts of 6 to 300 tokens, some the beginnings of others, and what the model says to each by itself."""
+    tokenizer = opening.tokenizer_of(opening.find(str(gguf)))
     text = tokenizer.encode((ROOT / "LICENSE").read_text())
     prompts = [case["prompt"] for case in GOLDEN["cases"]]
     prompts += [text[: 60 * i] for i in range(1, 6)] + [text[400:450], text[700:811]]
@@ -95,9 +102,9 @@ def served(gguf: Path, folder: Path, *options: str) -> Iterator[str]:
         process.wait(60)
 
 
-def complete(url: str, prompt: list[int]) -> dict[str, Any]:
+def complete(url: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
     body = {"model": "m", "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
-    body |= {"skip_special_tokens": False}
+    body |= {"skip_special_tokens": False} | fields
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -121,3 +128,18 @@ def test_the_server_says_what_the_model_says_alone(gguf, alone, tmp_path, settin
         found = counts(url)
     assert all(found[name] > 0 for name in happened), found
     assert found["compile_events"] == 0
+
+
+def test_pages_of_int8_change_probabilities_little(gguf, generator, alone, tmp_path):
+    """Of the tokens of the prompts, whose keys and values come back from int8 pages: on average less than 0.1 nats."""
+    options = ["--dtype", "float32", "--kv-dtype", "int8", "--chunk", "16", *SMALL]
+    with served(gguf, tmp_path, *options) as url, ThreadPoolExecutor(len(alone)) as pool:
+        told = list(pool.map(lambda one: complete(url, one[0], max_tokens=0, echo=True, logprobs=0), alone))
+    found, expected = [], []
+    for answer, (prompt, _) in zip(told, alone, strict=True):
+        logprobs = log_softmax(np.asarray(generator.logits(prompt), np.float64), axis=-1)
+        expected += list(logprobs[np.arange(len(prompt) - 1), prompt[1:]])
+        found += answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+    apart = np.abs(np.array(found) - np.array(expected))
+    assert 0 < apart.mean() < 0.1
+    assert abs(np.mean(found) - np.mean(expected)) < 0.03
