@@ -18,7 +18,7 @@ ALLOWED = {
     "config": set(),
     "overrides": {"config"},
     "sharding": {"config"},
-    "compiler": {"config", "sharding"},
+    "compiler": {"config", "sharding", "pallas_kernels"},
     "models": {"config", "sharding", "compiler", "pallas_kernels"},
     "runtime": FOUNDATION,
     "data": FOUNDATION | {"runtime"},

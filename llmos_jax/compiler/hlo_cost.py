@@ -131,7 +131,7 @@ def _cost(module: Module, where: Computation, known: dict[str, Cost]) -> Cost:
 
 def _is_opaque(instruction: Instruction) -> bool:
     """Whether it is a kernel that does not say what it costs."""
-    kernels = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton")
+    kernels = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton", "pallas_kernels.paged")
     return instruction.target.startswith(kernels) and instruction.number("flops") is None
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from pallas_kernels.native import native
+
 if TYPE_CHECKING:
     from llmos_jax.compiler.program import Program
 
@@ -68,7 +70,7 @@ def surroundings(mesh: Mesh) -> dict[str, Any]:
         "compiler": device.client.platform_version,
         "settings": {k: v for k, v in settings.items() if not any(part in k for part in INDIFFERENT)},
         "environment": {name: os.environ.get(name, "") for name in VARIABLES},
-        "host": cpu_features() if on_cpu else "",
+        "host": [cpu_features(), *native()] if on_cpu else "",
         "process": [jax.process_index(), jax.process_count()],
     }
 

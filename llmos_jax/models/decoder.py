@@ -22,6 +22,7 @@ from llmos_jax.models.moe import Moe
 from llmos_jax.models.quantized import QuantizedTensor, product
 from llmos_jax.sharding import constrain, sharding, token_dims
 from pallas_kernels import KVPages
+from pallas_kernels.cpu import matmul_float32
 from pallas_kernels.dispatch import current_chip
 
 Params = dict[str, jax.Array]
@@ -125,12 +126,7 @@ class Decoder(nnx.Module):
         if isinstance(weight, QuantizedTensor):
             logits = product(hidden, weight, jnp.float32)
         else:
-            logits = jnp.einsum(
-                "btd,vd->btv" if transposed else "btd,dv->btv",
-                hidden,
-                weight.astype(hidden.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            logits = matmul_float32(hidden, weight.astype(hidden.dtype), transposed)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Wanted
 from pallas_kernels.partition import Dims, Layout
-from pallas_kernels.quantized_matmul import gpu, reference, tpu, xla
+from pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 
@@ -39,7 +39,7 @@ def quantized_matmul(
         or 4 bits; arXiv:2208.07339) or of fp8 (w in fp8). None keeps x as it is.
       activation: "silu", "gelu" (the tanh approximation) or "relu", applied last.
       out_dtype: x's if None.
-      implementation: "tpu", "gpu", "xla" or "reference", or several in order; None takes the best for the platform.
+      implementation: "tpu", "gpu", "cpu", "xla" or "reference", or several in order; None takes the best for the platform.
 
     Returns: [..., N].
     Raises: ValueError for arguments that do not fit, or where no implementation asked for takes them.
@@ -124,6 +124,7 @@ IMPLEMENTATIONS = (
         gpu.refuse,
         unproven="has not run on a real GPU yet",
     ),
+    Implementation("cpu", _differentiable(cpu.quantized_matmul, xla.input_gradient), "cpu", cpu.refuse),
     Implementation("xla", _differentiable(xla.quantized_matmul, xla.input_gradient)),
     Implementation("reference", _differentiable(reference.quantized_matmul, reference.input_gradient)),
 )

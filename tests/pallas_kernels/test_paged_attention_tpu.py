@@ -107,7 +107,7 @@ def test_what_it_does_not_take(change, reason):
     batch = make([2], [1], heads=2, kv_heads=1, **(SIZES | change))
     with pytest.raises(ValueError, match=reason):
         paged_attention(*batch.arrays(), implementation="tpu")
-    assert dispatch.explain(paged_attention, *batch.arrays()).name == "xla"
+    assert dispatch.explain(paged_attention, *batch.arrays()).name in ("cpu", "xla")
 
 
 @pytest.mark.parametrize("window", [None, 4096])

@@ -1,0 +1,99 @@
+"""Kernels for the host's own processor, in C++: what XLA's CPU compiler has no form for.
+
+They are calls that XLA makes (its foreign function interface), on XLA's threads. The machine's C++ compiler builds them
+once, for its own processor, into a cache; where there is none, or none of these processors' instructions, operations
+take plain XLA. PALLAS_KERNELS_NATIVE=0 does without them, PALLAS_KERNELS_CACHE says where they are kept
+(`~/.cache/pallas_kernels`).
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
+TARGETS = {
+    "pallas_kernels.matmul": "NativeMatmul",
+    "pallas_kernels.quantized_matmul": "NativeQuantizedMatmul",
+    "pallas_kernels.paged_attention": "NativePagedAttention",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Native(NamedTuple):
+    """missing: why there is nothing to call, one clause; empty if there is.
+
+    tiles: whether it multiplies by AMX. digest: of its source, its compiler and the processor.
+    """
+
+    missing: str
+    tiles: bool = False
+    digest: str = ""
+
+
+@functools.cache
+def native() -> Native:
+    """What there is on this machine, built and made known to jax at the first call."""
+    if os.environ.get("PALLAS_KERNELS_NATIVE", "1") == "0":
+        return Native("is switched off by PALLAS_KERNELS_NATIVE=0")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return Native("is written for x86-64 processors with Linux")
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Native("needs a C++ compiler (g++ or clang++), and there is none")
+    try:
+        digest = _digest(compiler)
+        library = ctypes.CDLL(str(_built(compiler, digest)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the kernels for this processor cannot be built, XLA's take their place: %s", _why(error))
+        return Native("could not be built by the C++ compiler (the log says why)")
+    for target, symbol in TARGETS.items():
+        if hasattr(library, symbol):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return Native("", bool(library.native_has_tiles()), digest)
+
+
+def _built(compiler: str, digest: str) -> Path:
+    """The library, from the cache if this source was built by this compiler for this processor before."""
+    sources = sorted(SOURCES.glob("*.cc"))
+    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, sources)]
+    folder = Path(os.environ.get("PALLAS_KERNELS_CACHE") or Path.home() / ".cache" / "pallas_kernels")
+    file = folder / f"native-{digest}.so"
+    if not file.exists():
+        log.info("building the kernels for this processor (once, some seconds)")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be building it too
+            made = Path(scratch) / file.name
+            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+            made.replace(file)
+    return file
+
+
+def _digest(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    digest = hashlib.sha256(version + " ".join(FLAGS).encode() + jax.lib.__version__.encode() + _processor())
+    for file in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """Its model and instruction sets."""
+    lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    return b"\n".join(line for line in lines if line.startswith((b"model", b"flags")))
+
+
+def _why(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    return next((line for line in text.splitlines() if "error" in line), text.strip()[-300:])
