@@ -20,7 +20,7 @@ ALLOWED = {
     "sharding": {"config"},
     "compiler": {"config", "sharding", "pallas_kernels"},
     "models": {"config", "sharding", "compiler", "pallas_kernels"},
-    "runtime": FOUNDATION,
+    "runtime": FOUNDATION | {"pallas_kernels"},
     "data": FOUNDATION | {"runtime"},
     "opening": LIBRARY,
     "train": LIBRARY | {"opening"},

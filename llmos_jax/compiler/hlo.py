@@ -15,6 +15,7 @@ from llmos_jax.config import UserError
 
 HBM = 0  # memory space S(0), which the text leaves out; on TPUs 1 is VMEM, 2 semaphores, 4 and 6 scalar memory
 HOST = 5
+OURS = "pallas_kernels."  # before the operation, in the target of a call out of a CPU's program
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
@@ -80,6 +81,12 @@ class Instruction:
     def target(self) -> str:
         """`custom_call_target` of a custom call."""
         return self._quoted("custom_call_target")
+
+    @property
+    def kernel(self) -> str:
+        """The operation's name: a Pallas kernel's instruction is called so, a call out of the program has it as target."""
+        ours = self.target.startswith(OURS)
+        return self.target.removeprefix(OURS) if ours else self.name.rstrip(".0123456789")
 
     @property
     def calls(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmos_jax.compiler.hlo import HBM, Computation, Instruction, Module, Shape, leaves
+from llmos_jax.compiler.hlo import HBM, OURS, Computation, Instruction, Module, Shape, leaves
 from llmos_jax.compiler.hlo_collectives import Collective, base_kind, collective, role, start_of
 from llmos_jax.compiler.hlo_loops import trip_count
 
@@ -117,7 +117,7 @@ def _cost(module: Module, where: Computation, known: dict[str, Cost]) -> Cost:
         if step.collective:
             total.collectives.append((step.collective, 1))
         if _is_opaque(step.instruction):
-            total.unknown[f"FLOPs of the kernel {step.name.rstrip('.0123456789')}"] += 1
+            total.unknown[f"FLOPs of the kernel {step.instruction.kernel}"] += 1
         inner = [_cost(module, called, known) for called in step.calls]
         if step.instruction.opcode == "conditional":
             total.add(max(inner, key=lambda branch: (branch.flops, branch.bytes)))
@@ -131,7 +131,7 @@ def _cost(module: Module, where: Computation, known: dict[str, Cost]) -> Cost:
 
 def _is_opaque(instruction: Instruction) -> bool:
     """Whether it is a kernel that does not say what it costs."""
-    kernels = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton", "pallas_kernels.paged")
+    kernels = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton", f"{OURS}paged_attention")
     return instruction.target.startswith(kernels) and instruction.number("flops") is None
 
 

@@ -158,9 +158,7 @@ def _told(module: hlo.Module, kernels: Mapping[str, tuple[float, float]]) -> hlo
         return module
 
     def one(i: hlo.Instruction) -> hlo.Instruction:
-        # A Pallas kernel's instruction has its name, a call out of the program has it in its target.
-        names = (i.name.rstrip(".0123456789"), i.target.removeprefix("pallas_kernels."))
-        found = next((kernels[name] for name in names if i.target and name in kernels), None)
+        found = kernels.get(i.kernel) if i.target else None
         if found is None:
             return i
         said = f'{i.attributes} "flops":"{found[0]:.0f}" "bytes_accessed":"{found[1]:.0f}"'

@@ -126,7 +126,7 @@ class _Player:
         else:
             seconds = self._by_formula(step)
             if step.flops or step.bytes > 2**20:
-                total.uncounted[step.name.rstrip(".0123456789")] += 1
+                total.uncounted[step.instruction.kernel] += 1
         total.core += seconds
         total.seconds += seconds
 

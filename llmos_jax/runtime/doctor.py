@@ -60,6 +60,8 @@ def _examine_home(findings: dict[str, Any]) -> None:
 def _examine_devices(findings: dict[str, Any]) -> None:
     import jax
 
+    from pallas_kernels.native import native
+
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -69,6 +71,11 @@ def _examine_devices(findings: dict[str, Any]) -> None:
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     findings["devices"] = {"platform": backend, "kind": kind, "count": len(devices), "memory_bytes": memory}
     dtypes = ("float32", "bfloat16") if backend == "cpu" else ("bfloat16",)
+    if backend == "cpu":
+        found = native()
+        findings["cpu_kernels"] = (
+            "none: " + found.missing if found.missing else "AMX tiles" if found.tiles else "vectors"
+        )
     findings["peak_flops"] = {dtype: peak_flops(kind, backend, dtype) for dtype in dtypes}
 
 
@@ -85,6 +92,8 @@ def print_findings(findings: dict[str, Any]) -> None:
         )
         if rates:
             print(f"matrix products ({how}): {rates}")
+    if "cpu_kernels" in findings:
+        print(f"kernels in C++ for this processor: {findings['cpu_kernels']}")
     print(f"host: {findings['cpu_cores']} cores, {findings['host_memory_bytes'] / 2**30:.0f} GiB")
     if "disk_free_bytes" in findings:
         print(f"store: {findings['home']}, {findings['disk_free_bytes'] / 2**30:.0f} GiB free")

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ TARGETS = {
 }
 
 log = logging.getLogger(__name__)
+_lock = threading.Lock()
 
 
 class Native(NamedTuple):
@@ -42,16 +44,21 @@ class Native(NamedTuple):
     digest: str = ""
 
 
-@functools.cache
 def native() -> Native:
     """What there is on this machine, built and made known to jax at the first call."""
+    with _lock:  # programs are built in several threads
+        return _native()
+
+
+@functools.cache
+def _native() -> Native:
     if os.environ.get("PALLAS_KERNELS_NATIVE", "1") == "0":
         return Native("is switched off by PALLAS_KERNELS_NATIVE=0")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return Native("is written for x86-64 processors with Linux")
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = next((found for name in ("g++", "c++") if (found := shutil.which(name))), None)
     if compiler is None:
-        return Native("needs a C++ compiler (g++ or clang++), and there is none")
+        return Native("needs a C++ compiler (g++), and there is none")
     try:
         digest = _digest(compiler)
         library = ctypes.CDLL(str(_built(compiler, digest)))

@@ -1,9 +1,9 @@
-// x [M, K] times weights, by tiles: int8 weights [N, K] with one scale an output, where each row of x is rounded to int8 by
-// its largest entry and both scales come last (W8A8, arXiv:2208.07339); and bfloat16 weights, [K, N] or [N, K].
+// x [M, K] times weights, by tiles: int8 weights [N, K] with one scale an output, where each row of x is rounded to int8
+// by its largest entry and both scales come last (W8A8, arXiv:2208.07339); and bfloat16 weights, [K, N] or [N, K].
 //
-// Tiles want their right side packed: sums of neighbours side by side. Of weights [N, K] that is a transpose of words. For
-// few rows x is the right side instead, and weights are read once, as they lie; for many, a panel of weights at a time is
-// packed, which then serves all rows. Of weights [K, N] it is two rows interleaved, which is cheap enough for any x.
+// Tiles want their right side packed: what is summed side by side in a word. Of weights [N, K] that is a transpose of
+// words. For few rows x is the right side instead, and weights are read once, as they lie; for many, a panel of weights at
+// a time is packed, which then serves all rows. Of weights [K, N] it is two rows interleaved, cheap enough for any x.
 
 #include "parallel.h"
 #include "tiles.h"
@@ -16,15 +16,13 @@ namespace ffi = xla::ffi;
 namespace native {
 namespace {
 
-constexpr int64_t kFew = 48;           // rows, up to which x is the right side
-constexpr int64_t kPanel = 32;         // outputs
-constexpr int64_t kPiece = 32 << 10;   // bytes of weights that are worth another thread
-constexpr int64_t kPacked = 256 << 10; // bytes of packed weights that stay in a core's cache
-constexpr int64_t kDeep = 128, kWide = 24; // inputs, and panels of outputs, that are packed at once for few rows
-constexpr int64_t kAhead = 16;           // rows of weights that are asked of the memory before they are packed
+constexpr int64_t kFew = 48;                // rows, up to which x is the right side
+constexpr int64_t kPanel = 32;              // outputs
+constexpr int64_t kPiece = 32 << 10;        // bytes of weights that are worth another thread
+constexpr int64_t kPacked = 256 << 10;      // bytes of packed weights that stay in a core's cache
+constexpr int64_t kDeep = 128, kWide = 24;  // inputs, and panels of outputs, that are packed at once for few rows
+constexpr int64_t kAhead = 16;              // rows of weights that are asked of the memory before they are packed
 constexpr float kTiny = 1.17549435e-38f;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x as tiles take it: each row is `bytes` long, and those of sixteen rows are tiles, one after another.
 struct Rows {
@@ -48,18 +46,19 @@ struct Weights {
   int64_t stride;       // bytes from row to row
 };
 
-// Codes of a row of x, and its scale.
+// Codes of a row of x, and its scale; NaN where the row has a number that is not finite.
 template <typename X>
 float quantize_row(const X* x, int64_t size, int8_t* codes) {
-  Floats most{};
+  Floats most{}, nothing{};
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats value = load(x + i);
     most = larger(most, larger(value, -value));
+    nothing += value - value;
   }
-  const float top = largest(most) / 127.0f;
-  const float scale = top > kTiny ? top : kTiny, inverse = 1.0f / scale;  // to divide each number takes longer than the rest
+  const float top = largest(most) / 127.0f, scale = top > kTiny ? top : kTiny;
+  const float inverse = 1.0f / scale;  // to divide each number takes longer than all the rest
   for (int64_t i = 0; i < size; i += kLanes) store(codes + i / 64 * 1024 + i % 64, load(x + i) * inverse);
-  return scale;
+  return scale + sum(nothing);
 }
 
 // The scales of sixteen outputs; of those past the last one, zeros.
@@ -73,7 +72,8 @@ Floats scales_from(const Weights& w, int64_t first) {
 
 // out[row, first + 0..15] of the sums of one row.
 template <Kind kind, typename Out>
-inline void finish(const Weights& w, Out* out, int64_t row, int64_t first, __m512i sums, Floats scales, float row_scale) {
+inline void finish(const Weights& w, Out* out, int64_t row, int64_t first, __m512i sums, Floats scales,
+                   float row_scale) {
   Floats value;
   if constexpr (kind == Kind::kInt8) {
     value = __builtin_convertvector(bits<Ints>(sums), Floats) * scales * row_scale;
@@ -193,7 +193,8 @@ void by_rows(ffi::ThreadPool& pool, const Weights& w, Rows& x, Out* out) {
 }
 
 // Rows `from` to `to` of `number` panels of bfloat16 weights [K, N], two rows interleaved. A panel takes `size` bytes.
-void pack_columns(const Weights& w, int64_t from, int64_t to, int64_t first, int64_t number, int64_t size, int8_t* packed) {
+void pack_columns(const Weights& w, int64_t from, int64_t to, int64_t first, int64_t number, int64_t size,
+                  int8_t* packed) {
   alignas(64) static const auto order = [] {
     struct {
       uint16_t low[32], high[32];
@@ -225,8 +226,8 @@ template <typename Out>
 void by_columns(ffi::ThreadPool& pool, const Weights& w, Rows& x, int64_t inputs, Out* out) {
   const int64_t panels = ceil_div(w.outputs, kPanel), share = ceil_div(panels, 2 * pool.num_threads());
   const bool few = x.rows <= kFew;
-  // Of many rows a few panels are packed whole, and stay in a core's cache for all rows. Of few rows it is the memory that
-  // takes the time, and it is read in the longest runs: many panels, some of their rows at a time.
+  // For many rows a few panels are packed whole, and stay in a core's cache for all of them. With few rows it is the
+  // memory that takes the time, and it is read in long runs: many panels, some of their inputs at a time.
   const int64_t deep = few ? std::min(kDeep, inputs) : inputs, size = kPanel * deep * 2;
   const int64_t together = std::min(share, few ? kWide : std::max<int64_t>(1, kPacked / size));
   parallel_for(pool, ceil_div(panels, together), [&](int64_t i) {

@@ -5,11 +5,11 @@
 // are read once for all of them as they lie; where it is many, blocks of keys are packed for products of tiles, or of
 // floats where there are no tiles or pages are not bfloat16.
 
-#include <cfloat>
 #include <vector>
 
+#include "key_products.h"
 #include "parallel.h"
-#include "tiles.h"
+#include "softmax.h"
 #include "vectors.h"
 
 namespace ffi = xla::ffi;
@@ -19,10 +19,6 @@ namespace {
 
 constexpr int64_t kFewRows = 12;
 constexpr int64_t kMostRows = 128;  // of a piece of work
-constexpr int64_t kBlock = 128;     // keys
-constexpr float kLeast = -1e30f;    // of a row that has not seen a key
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sizes as in `paged_attention`: q [tokens, heads, dim], data [pages, kv_heads, 2, page_size, dim].
 template <typename Q, typename P>
@@ -63,13 +59,6 @@ void write_token(const Problem<Q, P>& p, int64_t row, int64_t token) {
   }
 }
 
-// What a row of queries has gathered: largest score, sum of exp(score - largest), and that of values.
-struct Row {
-  float top, total;
-  int64_t begin, end;  // keys it sees
-  float* sum;
-};
-
 // Queries as the products take them: those of bfloat16 pages are rounded to it, which is what tiles multiply.
 template <typename P>
 Floats rounded(Floats query) {
@@ -105,70 +94,6 @@ void finish(const Problem<Q, P>& p, const Piece& piece, const Row* rows) {
     Q* out = p.out + ((p.starts[piece.row] + piece.first + i / group) * p.heads + head) * p.dim;
     for (int64_t d = 0; d < p.dim; d += kLanes) store(out + d, load(rows[i].sum + d) * factor);
   }
-}
-
-// Scores of keys first.. as they enter the softmax: scaled, capped, and -FLT_MAX where the row does not see the key.
-void prepare(const Row& row, float* scores, int64_t first, int64_t size, float scale, float softcap) {
-  const Floats lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const float begin = static_cast<float>(row.begin - first), end = static_cast<float>(row.end - first);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const Floats place = lanes + static_cast<float>(i);
-    Floats score = load(scores + i) * scale;
-    if (softcap > 0) score = tanh(score / softcap) * softcap;
-    score = place < end ? score : splat(-FLT_MAX);
-    store(scores + i, place >= begin ? score : splat(-FLT_MAX));
-  }
-}
-
-// Turns products of keys first.. into weights and notes them in the row. Returns what its sum so far is to be multiplied by.
-template <typename Weight>
-float weigh(Row& row, float* scores, Weight* weights, int64_t first, int64_t size, float scale, float softcap) {
-  if (softcap > 0 || scale <= 0 || row.begin > first || row.end < first + size) {
-    prepare(row, scores, first, size, scale, softcap);
-    scale = 1;
-  }
-  Floats most = load(scores);
-  for (int64_t i = kLanes; i < size; i += kLanes) most = larger(most, load(scores + i));
-  const float top = std::max(row.top, largest(most) * scale);
-  Floats total{};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const Floats weight = exp(load(scores + i) * scale - top);
-    total += weight;
-    store(weights + i, weight);
-  }
-  const float fade = top == row.top ? 1.0f : exp(splat(row.top - top))[0];
-  row.top = top;
-  row.total = row.total * fade + sum(total);
-  return fade;
-}
-
-// The sums of sixteen vectors, side by side.
-Floats sums(Floats (&x)[kLanes]) {
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      Floats &a = x[i], &b = x[i + half];
-      Floats low, high;
-      switch (half) {
-        case 8:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
-          high = __builtin_shuffle(a, b, Ints{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
-          break;
-        case 4:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
-          high = __builtin_shuffle(a, b, Ints{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
-          break;
-        case 2:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
-          high = __builtin_shuffle(a, b, Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-          break;
-        default:
-          low = __builtin_shuffle(a, b, Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
-          high = __builtin_shuffle(a, b, Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-      }
-      a = low + high;
-    }
-  }
-  return x[0];
 }
 
 // Scores [kRows, kBlock] of keys, each of which is read once.
@@ -252,124 +177,6 @@ void attend_few(const Problem<Q, P>& p, const Piece& piece) {
   }
   finish(p, piece, rows);
 }
-
-// How many rows of queries multiply blocks of keys. Scores [rows, kBlock] and sums [rows, dim] are float.
-
-#ifdef NATIVE_TILES
-
-// Queries and weights in bfloat16 from the left; keys and values packed in pairs.
-struct TileProducts {
-  using Weight = uint16_t;
-  static constexpr int64_t kRows = 32;  // that rows are filled up to
-
-  TileProducts(int64_t rows, int64_t dim) : rows(rows), dim(dim), keys(kBlock * dim), values(kBlock * dim) {}
-
-  static bool takes(int64_t dim) { return dim % 32 == 0 && tiles_allowed(); }
-
-  void pack(const uint16_t* const* from_keys, const uint16_t* const* from_values, int64_t size) {
-    for (int64_t s = 0; s < size; s += 16) {
-      for (int64_t d = 0; d < dim; d += 32) {
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from_keys[s + i] + d);
-        transpose(r);
-        uint16_t* to = keys.data + (d / 32 * (kBlock / 16) + s / 16) * 512;
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, r[i]);
-      }
-    }
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int64_t s = 0; s < size; s += 2) {
-      for (int64_t d = 0; d < dim; d += 16) {
-        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from_values[s] + d));
-        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from_values[s + 1] + d));
-        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-        uint16_t* to = values.data + (s / 32 * (dim / 16) + d / 16) * 512 + s % 32 / 2 * 32;
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(pairs, both));
-      }
-    }
-  }
-
-  void score(const uint16_t* queries, float* scores, int64_t size) {
-    for (int64_t r = 0; r < rows; r += 32) {
-      for (int64_t s = 0; s < size; s += 32) {
-        product<Kind::kBfloat16, 2, 2, false>(queries + r * dim, {dim * 2, 64, dim * 32}, keys.data + s / 16 * 512, kBlock / 16, dim / 32,
-                                              scores + r * kBlock + s, kBlock * 4);
-      }
-    }
-  }
-
-  void add(const uint16_t* weights, float* sums, int64_t size) {
-    for (int64_t r = 0; r < rows; r += 32) {
-      for (int64_t d = 0; d < dim; d += 32) {
-        product<Kind::kBfloat16, 2, 2, true>(weights + r * kBlock, {kBlock * 2, 64, kBlock * 32}, values.data + d / 16 * 512, dim / 16,
-                                             size / 32, sums + r * dim + d, dim * 4);
-      }
-    }
-  }
-
-  const int64_t rows, dim;
-  Buffer<uint16_t> keys, values;
-  Tiles tiles;
-};
-
-#endif
-
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns], rows of a and c whole steps of 4, columns of 16.
-template <bool add_to>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-              int64_t rows, int64_t depth, int64_t columns) {
-  constexpr int kRowsAtOnce = 4;
-  const auto part = [&](auto width, int64_t r, int64_t at) {
-    constexpr int kWidth = decltype(width)::value;
-    Floats x[kRowsAtOnce][kWidth];
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      for (int w = 0; w < kWidth; ++w) x[i][w] = add_to ? load(c + (r + i) * c_stride + at + w * kLanes) : Floats{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int w = 0; w < kWidth; ++w) {
-        const Floats right = load(b + k * b_stride + at + w * kLanes);
-        for (int i = 0; i < kRowsAtOnce; ++i) x[i][w] += a[(r + i) * a_stride + k] * right;
-      }
-    }
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      for (int w = 0; w < kWidth; ++w) store(c + (r + i) * c_stride + at + w * kLanes, x[i][w]);
-    }
-  };
-  for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-    int64_t at = 0;
-    for (; at + 4 * kLanes <= columns; at += 4 * kLanes) part(std::integral_constant<int, 4>{}, r, at);
-    for (; at < columns; at += kLanes) part(std::integral_constant<int, 1>{}, r, at);
-  }
-}
-
-struct FloatProducts {
-  using Weight = float;
-  static constexpr int64_t kRows = 4;
-
-  FloatProducts(int64_t rows, int64_t dim) : rows(rows), dim(dim), keys(kBlock * dim), values(kBlock * dim) {}
-
-  template <typename P>
-  void pack(const P* const* from_keys, const P* const* from_values, int64_t size) {
-    for (int64_t s = 0; s < size; ++s) {
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const Floats key = load(from_keys[s] + d);
-        for (int64_t i = 0; i < kLanes; ++i) keys.data[(d + i) * kBlock + s] = key[i];
-        store(values.data + s * dim + d, load(from_values[s] + d));
-      }
-    }
-  }
-
-  void score(const float* queries, float* scores, int64_t size) {
-    multiply<false>(queries, dim, keys.data, kBlock, scores, kBlock, rows, dim, size);
-  }
-
-  void add(const float* weights, float* sums, int64_t size) {
-    multiply<true>(weights, kBlock, values.data, dim, sums, dim, rows, size, dim);
-  }
-
-  const int64_t rows, dim;
-  Buffer<float> keys, values;
-};
 
 template <typename Products, typename Q, typename P>
 void attend_many(const Problem<Q, P>& p, const Piece& piece) {

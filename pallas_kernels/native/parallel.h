@@ -11,6 +11,8 @@
 
 namespace native {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // body(i) for i in [0, count), by the calling thread and whichever threads of the pool are free. The caller never waits
 // for a thread that has not begun: all of them may be callers themselves.
 template <typename Body>

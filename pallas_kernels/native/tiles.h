@@ -93,7 +93,7 @@ enum class Kind { kInt8, kBfloat16 };
     _tile_dpbf16ps(c, a, b);                \
   }
 
-// Where the left side's tiles lie, in bytes: from row to row, from a step over depth to the next, and to sixteen rows below.
+// Where the left side's tiles lie, in bytes: from row to row, from a step over depth to the next, to sixteen rows below.
 struct Left {
   int64_t row, step, below;
 };

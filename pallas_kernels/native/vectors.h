@@ -95,7 +95,8 @@ inline float largest(Floats x) {
   return x[0];
 }
 
-// e^x of x at most 88, relative error below 3e-7; 0 below -87. 2^n through the exponent's bits, times e^f by its Taylor series.
+// e^x of x at most 88, relative error below 3e-7; 0 below -87, NaN of NaN. 2^n by the exponent's bits, times e^f by its
+// Taylor series.
 inline Floats exp(Floats x) {
   const Floats n = round_even(x * 1.44269504f);
   Floats f = x - n * 0.693359375f;  // ln 2 in two parts
@@ -108,13 +109,42 @@ inline Floats exp(Floats x) {
   p = p * f + 1.0f;
   p = p * f + 1.0f;
   const Floats y = bits<Floats>(bits<Ints>(p) + (__builtin_convertvector(n, Ints) << 23));
-  return x > -87.0f ? y : Floats{};
+  return x < -87.0f ? Floats{} : y;
 }
 
 inline Floats tanh(Floats x) {
   Floats y = x > 20.0f ? splat(20.0f) : x;
   y = y < -20.0f ? splat(-20.0f) : y;
   return 1.0f - 2.0f / (exp(y * 2.0f) + 1.0f);
+}
+
+// The sums of sixteen vectors, side by side.
+inline Floats sums(Floats (&x)[kLanes]) {
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      Floats &a = x[i], &b = x[i + half];
+      Floats low, high;
+      switch (half) {
+        case 8:
+          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+          high = __builtin_shuffle(a, b, Ints{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+          break;
+        case 4:
+          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
+          high = __builtin_shuffle(a, b, Ints{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+          break;
+        case 2:
+          low = __builtin_shuffle(a, b, Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+          high = __builtin_shuffle(a, b, Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+          break;
+        default:
+          low = __builtin_shuffle(a, b, Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
+          high = __builtin_shuffle(a, b, Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+      }
+      a = low + high;
+    }
+  }
+  return x[0];
 }
 
 // Memory of a call that begins where a register's worth of it may be loaded.

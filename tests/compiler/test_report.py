@@ -5,14 +5,20 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from llmos_jax.compiler import hlo
 from llmos_jax.compiler import report as reports
+from llmos_jax.compiler.hlo_cost import cost
 from llmos_jax.compiler.program import OutOfMemory
 from llmos_jax.compiler.report import Report
 from llmos_jax.compiler.roofline import train_flops
 from llmos_jax.compiler.target import Target
 from llmos_jax.plan.programs import Serving, build, plan
+from pallas_kernels import KVPages, paged_attention, quantize, quantized_matmul
+from pallas_kernels.cpu import matmul
+from pallas_kernels.native import native
 from tests import tiny
 
 BATCH, LENGTH = 8, 16
@@ -99,3 +105,24 @@ def test_what_the_compiler_refuses_is_reported_by_formula(target: Target):
     assert found.memory["parameters"] == on_a_device(state.params)
     assert found.main.seconds == 2.0 and found.flops == 0 and found.notes
     assert json.loads(json.dumps(found.as_dict()))["fits"] is False
+
+
+@pytest.mark.skipif(not native().tiles, reason="this machine has no kernels of ours")
+def test_calls_out_of_a_cpu_program_count_their_work():
+    """Products by their dimensions; attention, whose work follows from lengths, by what the plan says of it."""
+    pages = KVPages(jnp.zeros((4, 1, 2, 16, 32), jnp.uint16))
+    table, one, starts = (jnp.zeros(shape, jnp.int32) for shape in ((1, 4), (1,), (2,)))
+    w = jnp.zeros((32, 96), jnp.bfloat16)
+    codes = quantize(jnp.zeros((96, 64)), axis=-1)
+
+    def step(x, pages):
+        q = matmul(x, w)
+        out, pages = paged_attention(q.reshape(8, 3, 32), *(q[:, None, :32],) * 2, pages, table, one, starts, 1)
+        return quantized_matmul(jnp.tile(out[:, 0], 2), codes, activations="int8"), pages
+
+    program = jax.jit(step).lower(jnp.zeros((8, 32), jnp.bfloat16), pages).compile().as_text()
+    module = hlo.parse(program)
+    products = 2 * 8 * 32 * 96 + 2 * 8 * 64 * 96
+    assert cost(module).flops == products and any("paged_attention" in what for what in cost(module).unknown)
+    told = cost(reports._told(module, {"paged_attention": (1e6, 10.0)}))
+    assert told.flops == products + 1e6 and not told.unknown
