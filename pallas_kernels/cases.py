@@ -56,17 +56,31 @@ def missing(op: str) -> str | None:
     return None
 
 
-def arrays(specs: Any, seed: int = 0) -> Any:
-    """Arrays for abstract arguments: normal values, and zeros for integers."""
+def arrays(op: str, specs: Any, seed: int = 0) -> Any:
+    """Arrays for the abstract arguments of `build`: normal values, codes of any value, and integers that make sense.
+
+    Groups are of equal size; sequences have all of the context that their pages hold, and pages of their own.
+    """
     leaves, tree = jax.tree.flatten(specs)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
 
     def make(key, spec):
+        if spec.dtype in (jnp.int8, jnp.uint8):
+            return jax.random.bits(key, spec.shape, jnp.uint8).astype(spec.dtype)
         if jnp.issubdtype(spec.dtype, jnp.integer):
             return jnp.zeros(spec.shape, spec.dtype)
         return jax.random.normal(key, spec.shape, jnp.float32).astype(spec.dtype)
 
-    return jax.tree.unflatten(tree, [make(*pair) for pair in zip(keys, leaves, strict=True)])
+    made = jax.tree.unflatten(tree, [make(*pair) for pair in zip(keys, leaves, strict=True)])
+    if op == "ragged_dot":
+        x, w, sizes = made
+        return x, w, jnp.full_like(sizes, x.shape[0] // sizes.size)
+    if op == "paged_attention":
+        q, k, v, pages, tables, lengths, starts, count = made
+        lengths = jnp.full_like(lengths, tables.shape[1] * pages.data.shape[3])
+        tables = jnp.arange(tables.size, dtype=tables.dtype).reshape(tables.shape)
+        return q, k, v, pages, tables, lengths, jnp.arange(starts.size, dtype=starts.dtype), count + lengths.size
+    return made
 
 
 def _op(name: str) -> Any:

@@ -1,10 +1,10 @@
 """Times every operation on the accelerator or the CPU of this machine beside what others offer there, in one run.
 
-    python scripts/bench_kernels.py                                   # a GPU or TPU
+    python scripts/bench_kernels.py [--torch-python PYTHON]           # a GPU or TPU
     JAX_PLATFORMS=cpu python scripts/bench_kernels.py --torch-python PYTHON
 
-On a GPU: beside cuDNN (jax.nn.dot_product_attention) and XLA's own products (cuBLAS). Times are of the device, from
-the profiler; the roofline is measured in the same run (a copy, a bfloat16 product). On a CPU:
+On a GPU: beside cuDNN (jax.nn.dot_product_attention), XLA's own products (cuBLAS) and torch's attention. Times are of
+the device, from the profiler; the roofline is measured in the same run (a copy, a bfloat16 product). On a CPU:
 attention beside torch's, and quantised products at decoding shapes beside torch's int8; both sides stay loaded in
 processes of their own and take turns, and the ratio is the median over turns. PYTHON has torch; it is no dependency.
 """
@@ -25,6 +25,11 @@ from typing import Any, NamedTuple
 
 CPU_ATTENTION = {"batch": 1, "heads": 8, "kv_heads": 8, "queries": 512, "keys": 512, "head_dim": 64}
 CPU_PRODUCT = {"inner": 2048, "columns": 8192}
+ACCELERATOR: dict[str, dict[str, int]] = {  # sizes that fill a large chip, weights several times its cache
+    "attention": {"heads": 64, "kv_heads": 8, "queries": 16384, "keys": 16384},
+    "ragged_dot": {"rows": 16384, "inner": 4096, "columns": 14336, "groups": 8},
+    "quantized_matmul": {"inner": 8192, "columns": 28672},
+}
 DECODE_ROWS = (1, 4, 16)
 REPEATS = 20
 
@@ -96,15 +101,15 @@ def _device_events(folder: Path) -> Iterator[float]:
 
 
 def wall_seconds(run: Callable[..., Any], args: tuple, repeats: int = REPEATS) -> float:
-    """Median seconds of a call from outside."""
+    """Median seconds of a call from outside, of calls that queue one behind another."""
     import jax
 
     jax.block_until_ready(run(*args))
     times = []
-    for _ in range(repeats):
+    for _ in range(3):
         started = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        times.append(time.perf_counter() - started)
+        jax.block_until_ready([run(*args) for _ in range(repeats)][-1])
+        times.append((time.perf_counter() - started) / repeats)
     return statistics.median(times)
 
 
@@ -116,54 +121,52 @@ def roofline() -> tuple[float, float]:
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((8192, 8192), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)  # of ones it would run an eighth faster
     flops = 2 * 8192**3 / device_seconds(jax.jit(lambda a: a @ a), (a,))
     x = jnp.ones(2**28, jnp.float32)
     return flops, 2 * x.nbytes / device_seconds(jax.jit(lambda x: x + 1), (x,))
 
 
-def accelerator_calls(only: list[str]) -> Iterator[Call]:
+def accelerator_calls(only: list[str], implementation: str | None) -> Iterator[Call]:
     """Ours and the peers', by operation; what this chip or environment lacks is said and left out."""
     import jax
 
     from pallas_kernels import cases
 
+    for op, dtype, direction, rows in _accelerator_cases(only):
+        case = cases.CASES[op]
+        given = ACCELERATOR.get(op, {}) | ({"rows": rows} if rows else {})
+        shape = {**case.shape, **given}
+        name = f"{op}.{direction} {dtype}" + (f" {rows} rows" if rows else "")
+        options = {"transposed": True} if op == "quantized_matmul" else {}
+        try:
+            function, specs = cases.build(op, dtype, direction, implementation, **given, **options)
+            args = cases.arrays(op, specs)
+            run = jax.jit(function).lower(*args).compile()
+        except (ImportError, ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            print(f"  {name}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
+            continue
+        times = case.backward if direction == "backward" else 1
+        work = case.flops(shape) * times / (2 if op == "attention" else 1)  # half is masked
+        moved = case.bytes(shape, dtype) * times
+        yield Call(name, "ours", run, args, work, moved)
+        if op == "ragged_dot" and direction == "backward":
+            continue  # jax.lax's gradients take minutes
+        for side, peer in _peers(op, direction, dtype, shape):
+            yield Call(name, side, *peer(args), work, moved)
+
+
+def _accelerator_cases(only: list[str]) -> Iterator[tuple[str, str, str, int]]:
+    """(operation, dtype, direction, rows where they are varied)."""
+    from pallas_kernels import cases
+
     for op, case in cases.CASES.items():
         for direction in case.directions:
-            name = f"{op}.{direction}"
-            if only and not any(part in name for part in only):
-                continue
             for dtype in case.dtypes:
-                if dtype == "float32":
+                if (only and not any(part in f"{op}.{direction}" for part in only)) or dtype == "float32":
                     continue
-                options = {"transposed": True} if op == "quantized_matmul" else {}
-                try:
-                    function, specs = cases.build(op, dtype, direction, **options)
-                    args = _arguments(op, cases.arrays(specs), case.shape)
-                    run = jax.jit(function).lower(*args).compile()
-                except (ImportError, ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-                    print(f"  {name} {dtype}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
-                    continue
-                times = case.backward if direction == "backward" else 1
-                work = case.flops(case.shape) * times / (2 if op == "attention" else 1)  # half is masked
-                yield Call(f"{name} {dtype}", "ours", run, args, work, case.bytes(case.shape, dtype) * times)
-                for side, peer in _peers(op, direction, dtype, case.shape):
-                    yield Call(f"{name} {dtype}", side, *peer(args), work, case.bytes(case.shape, dtype) * times)
-
-
-def _arguments(op: str, args: Any, shape: Mapping[str, int]) -> Any:
-    """Integers that make sense: equal groups, sequences of the full context, each with pages of its own."""
-    import jax.numpy as jnp
-
-    if op == "ragged_dot":
-        x, w, sizes = args
-        return x, w, jnp.full_like(sizes, shape["rows"] // shape["groups"])
-    if op == "paged_attention":
-        q, k, v, pages, tables, lengths, starts, count = args
-        tables = jnp.arange(tables.size, dtype=tables.dtype).reshape(tables.shape)
-        lengths = jnp.full_like(lengths, shape["context"])
-        return q, k, v, pages, tables, lengths, jnp.arange(starts.size, dtype=starts.dtype), count + lengths.size
-    return args
+                decodes = op == "quantized_matmul" and direction == "forward"
+                yield from ((op, dtype, direction, rows) for rows in (DECODE_ROWS if decodes else (0,)))
 
 
 def _peers(op: str, direction: str, dtype: str, shape: Mapping[str, int]) -> Iterator[tuple[str, Callable]]:
@@ -198,24 +201,72 @@ def _plain_loss(x, w, labels, weights):
     return jnp.sum((jax.nn.logsumexp(logits, axis=1) - chosen) * weights)
 
 
-def bench_accelerator(only: list[str]) -> list[Line]:
+def torch_on_gpu() -> None:
+    """Prints {name: seconds} of torch's attention on this machine's GPU, from CUDA events."""
+    import torch
+
+    sizes = ACCELERATOR["attention"]
+    torch.manual_seed(0)
+    heads = sizes["heads"], sizes["kv_heads"], sizes["kv_heads"]
+    q, k, v = (torch.randn(1, n, sizes["queries"], 128, dtype=torch.bfloat16, device="cuda") for n in heads)
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        run()
+        times = []
+        for _ in range(REPEATS // 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    found = {"attention.forward bfloat16": seconds(attend)}
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = attend()
+    ones = torch.ones_like(out)
+    forward_again = found["attention.forward bfloat16"]  # ours counts it too
+    backward = seconds(lambda: torch.autograd.grad(out, (q, k, v), ones, retain_graph=True))
+    print(json.dumps(found | {"attention.backward bfloat16": forward_again + backward}))
+
+
+def bench_accelerator(only: list[str], implementation: str | None, torch_python: str) -> list[Line]:
     flops, bandwidth = roofline()
     print(f"measured: {flops / 1e12:.0f} TFLOP/s in bfloat16 products, {bandwidth / 1e9:.0f} GB/s in a copy")
     lines: list[Line] = []
     mine: dict[str, float] = {}
-    for call in accelerator_calls(only):
+    work: dict[str, tuple[float, float]] = {}
+    for call in accelerator_calls(only, implementation):
         try:
             seconds = device_seconds(call.run, call.args)
         except Exception as error:  # a peer's kernel may fail in any way; the rest is still wanted
             print(f"  {call.name} {call.side}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
             continue
         if call.side == "ours":
-            mine[call.name] = seconds
+            mine[call.name], work[call.name] = seconds, (call.flops, call.bytes)
         bound = max(call.flops / flops, call.bytes / bandwidth)
         ratio = None if call.side == "ours" or call.name not in mine else seconds / mine[call.name]
         figures = call.flops / seconds / 1e12, call.bytes / seconds / 1e9, bound / seconds, ratio
         lines.append(Line(call.name, call.side, seconds, *figures))
         show(lines[-1])
+    if torch_python and any(name.startswith("attention") for name in mine):
+        command = [torch_python, __file__, "--worker", "torch-gpu"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"  torch: {done.stderr.strip().splitlines()[-1][:160]}", file=sys.stderr)
+            return lines
+        for name, seconds in json.loads(done.stdout).items():
+            if name in mine:
+                done_flops, moved = work[name]
+                bound = max(done_flops / flops, moved / bandwidth)
+                figures = done_flops / seconds / 1e12, moved / seconds / 1e9, bound / seconds, seconds / mine[name]
+                lines.append(Line(name, "torch", seconds, *figures))
+                show(lines[-1])
     return lines
 
 
@@ -243,7 +294,7 @@ def cpu_ours(name: str) -> tuple[Callable[[], Any], float, float]:
         kind = {"product.int8": "w8a8", "product.bfloat16": "w8a16"}[what]
         function, specs = cases.build("quantized_matmul", kind, rows=rows, **CPU_PRODUCT)
         flops, moved = 2.0 * rows * CPU_PRODUCT["inner"] * CPU_PRODUCT["columns"], float(_weights())
-    args = cases.arrays(specs)
+    args = cases.arrays("attention" if what.startswith("attention") else "quantized_matmul", specs)
     run = jax.jit(function)
     return lambda: jax.block_until_ready(run(*args)), flops, moved
 
@@ -366,11 +417,14 @@ def show(line: Line) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="parts of names, with commas")
-    parser.add_argument("--torch-python", default="", help="interpreter with torch, for the CPU")
+    parser.add_argument("--torch-python", default="", help="interpreter with torch, for its side")
+    parser.add_argument("--implementation", default=None, help="ours by this name on an accelerator, not the best")
     parser.add_argument("--turns", type=int, default=7, help="of each side, on the CPU")
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("ours", "torch", "torch-gpu"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker == "torch-gpu":
+        return torch_on_gpu()
     if args.worker:
         return work(args.worker)
     import jax
@@ -378,7 +432,10 @@ def main() -> None:
     only = [part for part in args.only.split(",") if part]
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    lines = bench_cpu(only, args.torch_python, args.turns) if device.platform == "cpu" else bench_accelerator(only)
+    if device.platform == "cpu":
+        lines = bench_cpu(only, args.torch_python, args.turns)
+    else:
+        lines = bench_accelerator(only, args.implementation, args.torch_python)
     if args.json:
         rows = [line._asdict() for line in lines]
         args.json.write_text(

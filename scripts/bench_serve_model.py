@@ -1,4 +1,4 @@
-"""A model of TinyLlama's shape (1.1 B parameters) with random weights, for scripts/bench_serve.py: speed needs no sense.
+"""A model with random weights, for scripts/bench_serve.py: speed needs no sense.
 
 As a Hugging Face folder, and the same as a GGUF, whose rows of q and k are not put into llama.cpp's order: no time
 depends on it.
@@ -12,22 +12,29 @@ import jax
 import numpy as np
 
 SMALL_VOCABULARY = 2_000  # of the tokenizer; the model's other tokens have no text
+SHAPES = {  # TinyLlama-1.1B and Llama-3.2-1B
+    "tinyllama": {"vocab_size": 32_000, "num_layers": 22, "num_kv_heads": 4, "mlp_dim": 5_632},
+    "llama-1b": {
+        "vocab_size": 128_256,
+        "num_layers": 16,
+        "num_kv_heads": 8,
+        "mlp_dim": 8_192,
+        "tie_embeddings": True,
+    },
+}
 
 
-def write_random(folder: Path) -> None:
+def write_random(folder: Path, shape: str) -> None:
     from llmos_jax.config import ModelConfig
     from llmos_jax.data.tokenizer import train_bpe
     from llmos_jax.models.decoder import init_params
     from llmos_jax.models.weights import huggingface
 
     model = ModelConfig(
-        vocab_size=32_000,
-        num_layers=22,
+        **SHAPES[shape],
         embed_dim=2_048,
         num_heads=32,
-        num_kv_heads=4,
         head_dim=64,
-        mlp_dim=5_632,
         max_seq_len=2_048,
         dtype="bfloat16",
         param_dtype="bfloat16",

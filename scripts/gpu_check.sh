@@ -2,20 +2,59 @@
 # What a machine with a GPU is to show: the tests marked `gpu`, then the figures of the kernels, of training beside
 # torch and of serving beside transformers on the same card.
 #
-#   bash scripts/gpu_check.sh [OUTPUT_FOLDER]
+#   bash scripts/gpu_check.sh [OUTPUT_FOLDER] [STAGE...]      stages: tests kernels tune train serve; all if none is named
 #
-# Needs jax with CUDA, flax, optax, orbax-checkpoint, and of the extra `serve` all; torch and transformers for the comparison. Figures go to the
-# folder (default runs/gpu_check) and belong in docs/benchmarks.md the same day.
+# Needs jax with CUDA, flax, optax, orbax-checkpoint, and of the extra `serve` all; torch and transformers for the
+# comparison. Every stage has a time limit of its own, so that a kernel that hangs costs its stage only. Figures go to
+# the folder (default runs/gpu_check) and belong in docs/benchmarks.md the same day.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu_check}
+shift || true
 python=${PYTHON:-python3}
 mkdir -p "$out"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+
+run() { # NAME SECONDS COMMAND...: its output goes to NAME.txt too
+  local name=$1 limit=$2 started=$SECONDS
+  shift 2
+  timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+  echo "== $name: status ${PIPESTATUS[0]}, $((SECONDS - started)) s"
+}
+
+tests() {
+  LLMOS_TEST_PLATFORM=cuda run tests 150 "$python" -m pytest -m gpu -n 8 -rfE --tb=short -p no:cacheprovider \
+    $(grep -rl "mark.gpu" tests)
+}
+
+kernels() {
+  local op
+  for op in attention ragged_dot quantized_matmul linear_cross_entropy paged_attention; do
+    run "kernels_$op" 75 "$python" scripts/bench_kernels.py --only "$op" --torch-python "$python" --json "$out/kernels_$op.json"
+  done
+}
+
+tune() {
+  local sizes="heads=64,kv_heads=8,queries=16384,keys=16384"
+  run tune_attention 60 "$python" -m pallas_kernels.tune --op attention --shape "$sizes"
+  run tune_attention_backward 60 "$python" -m pallas_kernels.tune --op attention --direction backward --shape "$sizes"
+  run tune_ragged_dot 45 "$python" -m pallas_kernels.tune --op ragged_dot --shape inner=4096,columns=14336,groups=8
+  sizes=transposed=1,inner=8192,columns=28672
+  run tune_quantized_matmul 45 "$python" -m pallas_kernels.tune --op quantized_matmul --dtype w4a16 --shape "$sizes"
+  run tune_paged_attention 45 "$python" -m pallas_kernels.tune --op paged_attention
+  cp pallas_kernels/tuned/*.json "$out"/ 2>/dev/null
+}
+
+train() {
+  local common=(--shape llama-1b --dtype bfloat16 --batch 4 --seq-len 2048 --steps 10 --blocks 3 --torch-python "$python")
+  run train_1b 150 "$python" scripts/bench_train.py "${common[@]}" ${TRAIN_FLAGS:-}
+}
+
+serve() {
+  run serve_1b 280 "$python" scripts/bench_serve.py --shape llama-1b --torch-python "$python" ${SERVE_FLAGS:-}
+}
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/device.csv"
-LLMOS_TEST_PLATFORM=cuda "$python" -m pytest -m gpu tests 2>&1 | tee "$out/tests.txt"
-"$python" scripts/bench_kernels.py --json "$out/kernels.json" 2>&1 | tee "$out/kernels.txt"
-common=(--shape llama-1b --dtype bfloat16 --steps 10 --blocks 5 --torch-python "$python")
-"$python" scripts/bench_train.py "${common[@]}" --batch 4 --seq-len 2048 2>&1 | tee "$out/train_1b.txt"
-"$python" scripts/bench_train.py "${common[@]}" --batch 4 --seq-len 2048 --torch-compile 2>&1 | tee "$out/train_1b_compiled.txt"
-"$python" scripts/bench_serve.py --shape tinyllama --torch-python "$python" 2>&1 | tee "$out/serve_1b.txt"
+for stage in ${@:-tests kernels tune train serve}; do
+  "$stage"
+done

@@ -232,7 +232,8 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=?]*)\](?:\{([^}]*)\})?")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]|,')
 _CALLED = re.compile(
-    r"\b(?:calls|to_apply|condition|body|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"\b(?:calls|to_apply|condition|body|(?:branch|called)_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 
 

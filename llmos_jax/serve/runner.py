@@ -4,6 +4,7 @@ Everything is compiled before the first request, and its memory is known then; a
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
@@ -29,7 +30,7 @@ from llmos_jax.serve.weights import abstract_served_params
 from llmos_jax.sharding import replicated
 
 Say = Callable[[str], None]
-COMPILE_THREADS = 2
+COMPILE_THREADS = max(2, min(8, os.cpu_count() or 2))
 KV_MARGIN = 2.0  # keys and values of a channel may exceed those of the text that sets its scale by this factor
 MAX_BIAS = 512  # tokens of a logit_bias, beside those of the sequence itself
 

@@ -117,13 +117,7 @@ def _differentiable(forward: Callable[..., Array], input_gradient: Callable[...,
 
 IMPLEMENTATIONS = (
     Implementation("tpu", _differentiable(tpu.quantized_matmul, tpu.input_gradient), "tpu", tpu.refuse),
-    Implementation(
-        "gpu",
-        _differentiable(gpu.quantized_matmul, gpu.input_gradient),
-        "gpu",
-        gpu.refuse,
-        unproven="has not run on a real GPU yet",
-    ),
+    Implementation("gpu", _differentiable(gpu.quantized_matmul, gpu.input_gradient), "gpu", gpu.refuse),
     Implementation("cpu", _differentiable(cpu.quantized_matmul, xla.input_gradient), "cpu", cpu.refuse),
     Implementation("xla", _differentiable(xla.quantized_matmul, xla.input_gradient)),
     Implementation("reference", _differentiable(reference.quantized_matmul, reference.input_gradient)),

@@ -217,7 +217,7 @@ def _products(x: Array, codes: Array, scales: Array, grouped: bool, block: Block
 
     return plgpu.kernel(
         kernel,
-        jax.ShapeDtypeStruct((block.splits, num_outputs, num_rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((block.splits, num_outputs, num_rows), jnp.float32),
         grid=(num_n, num_m, block.splits),
         grid_names=("n", "m", "split"),
         num_threads=num_warpgroups + 1,

@@ -12,7 +12,7 @@ from pallas_kernels.ragged_dot import gpu, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.ragged_dot, "tpu", tpu.refuse),
-    dispatch.Implementation("gpu", gpu.ragged_dot, "gpu", gpu.refuse, unproven="has not run on a real GPU yet"),
+    dispatch.Implementation("gpu", gpu.ragged_dot, "gpu", gpu.refuse),
     dispatch.Implementation("xla", xla.ragged_dot),
     dispatch.Implementation("reference", reference.ragged_dot),
 )

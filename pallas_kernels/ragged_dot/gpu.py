@@ -158,7 +158,7 @@ def _rows(block: RowBlocks, transposed: bool, x, w, sizes):
 
     return plgpu.kernel(
         kernel,
-        jax.ShapeDtypeStruct((num_rows, columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, columns), x.dtype),
         grid=(num_visits, pl.cdiv(columns, block.n)),
         grid_names=("visit", "column"),
         num_threads=block.m // WARPGROUP_ROWS + 1,
@@ -262,7 +262,7 @@ def _weights(block: WeightBlocks, x, d_out, sizes, dtype):
 
     return plgpu.kernel(
         kernel,
-        jax.ShapeDtypeStruct((num_groups, features, columns), dtype),
+        out_type=jax.ShapeDtypeStruct((num_groups, features, columns), dtype),
         grid=(num_groups, pl.cdiv(features, block.features), pl.cdiv(columns, block.columns)),
         grid_names=("group", "height", "width"),
         num_threads=block.features // WARPGROUP_ROWS + 1,

@@ -230,6 +230,16 @@ def test_scanned_and_unrolled_layers_take_the_same():
     assert scanned == pytest.approx(unrolled, rel=0.01)
 
 
+@pytest.mark.parametrize("branches", [(jnp.dot, jnp.subtract), (jnp.dot, jnp.subtract, jnp.add)])
+def test_a_conditional_costs_its_dearest_branch(branches):
+    """Of two the text names the branches alone, of more in a list."""
+    x = jnp.ones((64, 64))
+    module = compiled(lambda which, x: jax.lax.switch(which, branches, x, x), 0, x)
+    text = next(i for c in module.computations.values() for i in c if i.opcode == "conditional")
+    assert len(text.calls) == len(branches)
+    assert cost(module).flops == pytest.approx(2 * 64**3, rel=0.05)
+
+
 def test_a_batched_product_on_a_tpu():
     assert cost(stored("tpu_batched_dot")).flops == 2 * 8 * 4 * 128 * 256 * 64
 

@@ -146,6 +146,26 @@ def test_weights_quantised_along_their_last_axis(case, implementation):
     check(case, implementation)
 
 
+ON_A_GPU = [
+    Case(rows=3, inputs=512, outputs=152, axis=-1, dtype="bfloat16", bias=True, activation="silu"),
+    Case(rows=16, inputs=1000, outputs=256, axis=-1, dtype="bfloat16"),
+    Case(rows=200, inputs=512, outputs=320, bits=8, group_size=128, symmetric=False, axis=-1, dtype="bfloat16"),
+    Case(rows=1, inputs=512, outputs=136, bits=4, group_size=128, axis=-1, dtype="bfloat16"),
+    Case(rows=20, inputs=1024, outputs=256, bits=4, group_size=256, symmetric=False, axis=-1, dtype="bfloat16"),
+    Case(rows=8, inputs=2048, outputs=512, bits=4, axis=-1, dtype="bfloat16"),
+    Case(rows=5, inputs=640, outputs=200, activations="int8", axis=-1, dtype="bfloat16"),
+    Case(rows=40, inputs=512, outputs=128, group_size=128, activations="int8", axis=-1, dtype="bfloat16"),
+    Case(rows=9, inputs=512, outputs=128, bits="fp8", activations="fp8", axis=-1, dtype="bfloat16"),
+    Case(rows=33, inputs=512, outputs=128, bits="fp8", axis=-1, dtype="bfloat16"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU, ids=range(len(ON_A_GPU)))
+def test_the_gpu_kernel_on_a_gpu(case):
+    check(case, "gpu")
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.builds(
