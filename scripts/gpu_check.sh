@@ -34,14 +34,20 @@ kernels() {
   done
 }
 
-tune() {
-  local sizes="heads=64,kv_heads=8,queries=16384,keys=16384"
-  run tune_attention 60 "$python" -m pallas_kernels.tune --op attention --shape "$sizes"
-  run tune_attention_backward 60 "$python" -m pallas_kernels.tune --op attention --direction backward --shape "$sizes"
-  run tune_ragged_dot 45 "$python" -m pallas_kernels.tune --op ragged_dot --shape inner=4096,columns=14336,groups=8
-  sizes=transposed=1,inner=8192,columns=28672
-  run tune_quantized_matmul 45 "$python" -m pallas_kernels.tune --op quantized_matmul --dtype w4a16 --shape "$sizes"
-  run tune_paged_attention 45 "$python" -m pallas_kernels.tune --op paged_attention
+tune_one() { # NAME OP ARGUMENTS...
+  local name=$1 op=$2
+  shift 2
+  case " ${TUNE:-$name} " in *" $name "*) run "tune_$name" 60 "$python" -m pallas_kernels.tune --op "$op" "$@" ;; esac
+}
+
+tune() { # TUNE names some of them
+  local attention=(attention --shape heads=64,kv_heads=8,queries=16384,keys=16384)
+  local w4a16=(quantized_matmul --dtype w4a16 --shape transposed=1,inner=8192,columns=28672)
+  tune_one attention "${attention[@]}"
+  tune_one attention_backward "${attention[@]}" --direction backward
+  tune_one ragged_dot ragged_dot --shape inner=4096,columns=14336,groups=8
+  tune_one quantized_matmul "${w4a16[@]}"
+  tune_one paged_attention paged_attention
   cp pallas_kernels/tuned/*.json "$out"/ 2>/dev/null
 }
 
