@@ -131,8 +131,12 @@ def _merged(form: Form, made: gpu_plan.Plan, at: Located, starts, sinks, out, ls
     if sink is not None:
         total += jnp.where(at.real[:, None, None], jnp.exp(sink - top), 0)
     one = jnp.where(total == 0, 1, total)
-    found = out[unit[:, :, None], :, row[:, None, :, None]].astype(jnp.float32)  # [M, K, G, C, 2, H]
-    found = jnp.where(weights[..., None] > 0, found, 0)
-    merged = jnp.sum(found * (weights / one[..., None, None])[..., None], axis=(3, 4))
+    weights = weights / one[..., None, None]
+    merged = jnp.zeros((*total.shape, form.head_dim), jnp.float32)
+    for part in range(form.most_parts):  # written out, XLA adds them in one kernel and stores none of them
+        for half in range(2):
+            found = out[unit[:, :, None, part], half, row[:, None]].astype(jnp.float32)  # [M, K, G, H]
+            weight = weights[..., part, half, None]
+            merged += jnp.where(weight > 0, found, 0) * weight
     lse = jnp.where(total == 0, NEG_INF, top + jnp.log(one))
     return merged.reshape(num_tokens, -1, form.head_dim), lse.reshape(num_tokens, -1)
