@@ -8,13 +8,14 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.paged_attention import cpu, reference, tpu, xla
+from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.reference import KVPages
 from pallas_kernels.partition import Dims, Layout
 
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu.paged_attention, "tpu", tpu.refuse),
     Implementation("cpu", cpu.paged_attention, "cpu", cpu.refuse),
+    Implementation("gpu", gpu.paged_attention, "gpu", gpu.refuse, unproven="has not run on a real GPU yet"),
     Implementation("xla", xla.paged_attention),
     Implementation("reference", reference.paged_attention),
 )
@@ -67,7 +68,7 @@ def paged_attention(
       softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118).
       sinks: a score of each head that takes part in the softmax and has no value (arXiv:2309.17453).
       scale: of the scores; H ** -0.5 if None.
-      implementation: "tpu", "cpu", "xla" or "reference", or several in order of preference; None takes the best.
+      implementation: "tpu", "cpu", "gpu", "xla" or "reference", or several in order of preference; None takes the best.
 
     Returns: out [M, N, H] in q's dtype, zeros for tokens past the last sequence, which write nothing; and the pages.
       In the last page of a sequence, rows after its end may have become zeros.
