@@ -82,6 +82,13 @@ def ours(args):
         yield float(metrics["loss"])
 
 
+def taken() -> int:
+    """The most bytes of the device's memory that were in use; 0 where nothing counts them."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def theirs(args):
     """The same work as a user of transformers would write it."""
     import torch
@@ -128,6 +135,7 @@ def work(args) -> None:
     info = next(steps)
     loss = next(steps)
     info["first_step_seconds"] = time.perf_counter() - started
+    info["taken"] = taken() if args.worker == "ours" else 0
     print(json.dumps(info), flush=True)
     for line in sys.stdin:
         started = time.perf_counter()
@@ -191,6 +199,10 @@ def report(args, sides: dict[str, Worker], seconds: dict[str, list[float]]) -> N
         line = f"{side:7} {tokens / step:9.0f} tokens/s   {step:7.3f} s a step   ({worker.info['versions']})"
         if worker.info.get("peak"):
             line += f"   MFU {worker.info['flops'] / step / worker.info['peak']:.1%}"
+        if worker.info.get("taken"):
+            line += (
+                f"   memory {worker.info['bytes'] / 2**30:.2f} GiB planned, {worker.info['taken'] / 2**30:.2f} taken"
+            )
         print(line)
     if "theirs" in sides:
         ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]

@@ -23,7 +23,7 @@ run() { # NAME SECONDS COMMAND...: its output goes to NAME.txt too
 }
 
 tests() {
-  LLMOS_TEST_PLATFORM=cuda run tests 150 "$python" -m pytest -m gpu -n 8 -rfE --tb=short -p no:cacheprovider \
+  LLMOS_TEST_PLATFORM=cuda run tests 150 "$python" -m pytest -m gpu -n 8 -p no:benchmark -rfE --tb=short -p no:cacheprovider \
     $(grep -rl "mark.gpu" tests)
 }
 

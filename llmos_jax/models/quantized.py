@@ -73,6 +73,8 @@ def quantize_leaf(config: ModelConfig, path: str, value: Array) -> Array | Quant
     shape = value.shape[len(experts) :]
     matrix = value.reshape(*experts, math.prod(shape[: 1 if experts else _INPUTS[name]]), -1)
     if config.quantize == "int4":
+        if platform == "gpu" and not experts:  # its kernel streams [out, in]
+            return quantize(matrix.mT, 4, group_size=GROUP, symmetric=False, axis=-1)
         return quantize(matrix, 4, group_size=GROUP, symmetric=False)
     # A CPU's int8 products of a few rows read [out, in] up to three times as fast, and a GPU takes nothing else.
     return quantize(matrix, 8) if experts or platform == "tpu" else _unpadded(quantize(matrix.mT, 8, axis=-1), platform)

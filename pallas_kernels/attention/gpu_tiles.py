@@ -63,7 +63,7 @@ def products(*pairs: tuple, meanwhile: Callable[[], None] = _nothing, interpret:
 
     def run(*sum_refs):
         for sum_ref, (a, b) in zip(sum_refs, pairs, strict=True):
-            plgpu.wgmma(sum_ref, a, plgpu.transpose_ref(b, (1, 0)))
+            plgpu.wgmma(sum_ref, a, b.transpose((1, 0)))
         meanwhile()
         return [sum_ref[...] for sum_ref in sum_refs]
 

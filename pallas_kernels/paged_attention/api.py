@@ -15,7 +15,7 @@ from pallas_kernels.partition import Dims, Layout
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu.paged_attention, "tpu", tpu.refuse),
     Implementation("cpu", cpu.paged_attention, "cpu", cpu.refuse),
-    Implementation("gpu", gpu.paged_attention, "gpu", gpu.refuse, unproven="has not run on a real GPU yet"),
+    Implementation("gpu", gpu.paged_attention, "gpu", gpu.refuse),
     Implementation("xla", xla.paged_attention),
     Implementation("reference", reference.paged_attention),
 )

@@ -5,14 +5,16 @@ are the rows and the few rows of x the columns. One warpgroup streams codes and 
 ahead; the others widen codes to bfloat16 in registers, which is exact, and never write them back. A group's sums are
 weighed by its scales in float32. With int8 or fp8 activations both operands go from shared memory to wgmma as they are.
 
-Few outputs would leave most of the chip idle, so blocks of inputs go to several thread blocks as well; XLA then sums
-the parts in the pass that transposes the result, subtracts zero points, adds the bias and applies the activation.
+Every core takes an equal share of all steps, wherever tiles of outputs begin and end (stream-K, arXiv:2301.03598), so
+that none is idle while others read. A tile that two cores or more have a part of is summed by XLA, in the pass that
+transposes the result, subtracts zero points, adds the bias and applies the activation.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
@@ -25,17 +27,17 @@ WARPGROUP_ROWS = 64
 SHARED_BYTES = 227 * 1024
 NUM_CORES = 132
 MOST_ROWS = 128  # of x: two accumulators of them fill half of a warpgroup's registers
+MOST_SUMS = 128 * 128  # of a thread block, in registers and once more in shared memory
 SWIZZLE = 128  # bytes
 
 
 class Blocks(NamedTuple):
-    """Rows of x, outputs (64 a warpgroup), and inputs of a step, steps in flight, and parts that inputs are split in."""
+    """Rows of x, outputs (64 a warpgroup), and inputs of a step; and steps in flight."""
 
     m: int
     n: int
     k: int
     stages: int
-    splits: int
 
 
 def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
@@ -59,34 +61,29 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
 
 
 def candidates(num_rows: int, num_inputs: int, num_outputs: int, step: int, code_bits: int, x_bytes: int):
-    """Blocks that fit shared memory, best first.
+    """Blocks that fit shared memory and registers, best first.
 
-    What matters in decoding is bytes in flight on every core: about 40 KiB each at a latency of a microsecond.
+    What matters in decoding is that all cores read alike, with about 64 KiB in flight each (a microsecond's worth and a
+    margin), and that enough warpgroups widen codes: one waits for its own instructions most of the time.
     """
-    rows = min(MOST_ROWS, num_rows + -num_rows % 8)
-    found = []
+    rows = min(MOST_ROWS, num_rows + -num_rows % (8 if num_rows <= 32 else 16))  # as wgmma has them for int8
+    found = {}
     for k in (128, 256):
-        for n in (64, 128):
-            if num_inputs % k or (step % k and k % step):
+        for n in (64, 128, 256):
+            if num_inputs % k or (step % k and k % step) or rows * n > MOST_SUMS:
                 continue
             stage = n * k * code_bits // 8 + rows * k * x_bytes + 4 * n * max(1, k // step)
-            stages = min(8, num_inputs // k, (SHARED_BYTES - 4 * rows * n - 2048) // stage)
-            tiles = -(-num_outputs // n) * -(-num_rows // rows)
-            steps = num_inputs // k
-            for splits in (s for s in (1, 2, 4, 8) if steps % s == 0 and steps // s >= min(4, steps)):
-                if stages >= 2:
-                    found.append((Blocks(rows, n, k, min(stages, steps // splits), splits), tiles * splits, stage))
+            share = -(-_num_steps(num_rows, num_inputs, num_outputs, Blocks(rows, n, k, 0)) // NUM_CORES)
+            stages = min(8, share + 1, (SHARED_BYTES - 4 * rows * n - 4096) // stage)
+            if stages >= 2:
+                starved = max(1.0, 65536 / (stages * stage))
+                widening = 1 + 64 / n
+                found[Blocks(rows, n, k, stages)] = share * stage * starved * widening
+    return sorted(found, key=found.__getitem__)
 
-    def cost(entry: tuple[Blocks, int, int]) -> tuple:
-        block, tiles, stage = entry
-        waves = -(-tiles // NUM_CORES)
-        idle = waves * NUM_CORES / tiles
-        parts = 8.0 * num_rows * num_outputs * block.splits  # written and read, float32
-        weights = num_inputs * num_outputs * code_bits / 8 * -(-num_rows // block.m)
-        starved = max(1.0, 40960 / (block.stages * stage))
-        return ((weights * idle + parts) * starved, block)
 
-    return [block for block, _, _ in sorted(found, key=cost)]
+def _num_steps(num_rows: int, num_inputs: int, num_outputs: int, block: Blocks) -> int:
+    return -(-num_rows // block.m) * -(-num_outputs // block.n) * (num_inputs // block.k)
 
 
 def quantized_matmul(
@@ -106,8 +103,8 @@ def quantized_matmul(
     key = {"rows": min(1 << (num_rows - 1).bit_length(), 512), "inputs": size, "outputs": num_outputs, "bits": w.bits}
     found = candidates(num_rows, size, num_outputs, step, code_bits, x.dtype.itemsize)
     block = blocks.pick("quantized_matmul.forward", key | {"group": w.group_size}, found)
-    parts = _products(jnp.pad(x, ((0, -num_rows % block.m), (0, 0))), codes, w.scales, w.group_size is not None, block)
-    out = jnp.sum(parts, axis=0).T[:num_rows]
+    x_rows = jnp.pad(x, ((0, -num_rows % block.m), (0, 0)))
+    out = _products(x_rows, codes, w.scales, w.group_size is not None, block).T[:num_rows]
     if w.group_size is None:
         out = out * w.scales
     if w.zeros is not None:
@@ -127,86 +124,102 @@ def input_gradient(g: Array, w: QuantizedTensor, dtype: Any) -> Array:
 
 
 def _products(x: Array, codes: Array, scales: Array, grouped: bool, block: Blocks) -> Array:
-    """[splits, N, M] float32: sums over a part of the inputs, weighed by the scales of groups if there are groups."""
+    """[N, M] float32: sums over the inputs, weighed by the scales of groups if there are groups."""
     plgpu = _mosaic_gpu()
     (num_rows, size), num_outputs = x.shape, len(codes)
-    num_m, num_n, num_k = num_rows // block.m, -(-num_outputs // block.n), size // block.k // block.splits
+    num_m, num_n, num_k = num_rows // block.m, -(-num_outputs // block.n), size // block.k
+    num_steps = num_m * num_n * num_k
+    programs = min(NUM_CORES, num_steps)
+    counts = _parts(num_m * num_n, num_k, programs)
     group = size // len(scales) if grouped else size
     scales = jnp.pad(scales, ((0, 0), (0, -num_outputs % 4)))  # TMA wants rows of whole 16 bytes
     per_step = max(1, block.k // group)
     steps_per_group = max(1, group // block.k)
     num_warpgroups = block.n // WARPGROUP_ROWS
     sums_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    total_dtype = jnp.float32 if grouped else sums_dtype
 
     def kernel(x_gmem, codes_gmem, scales_gmem, out_gmem, out_smem):
-        n, m, split = (lax.axis_index(name) for name in ("n", "m", "split"))
+        program = lax.axis_index("program")
         warpgroup = lax.axis_index("warpgroup")
         rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        first = split * num_k
+        first = lax.div(program * num_steps, programs)
+        end = lax.div((program + 1) * num_steps, programs)
 
-        def compute(run_pipeline):
-            def from_zero(acc):
-                run_pipeline(acc)
-                return acc[...].astype(jnp.float32)
+        def place(step):
+            """(m, n, k) of one of this program's steps."""
+            tile, k = lax.div(first + step, num_k), lax.rem(first + step, num_k)
+            return lax.div(tile, num_n), lax.rem(tile, num_n), k
 
-            if grouped:
-                zeros = jnp.full((WARPGROUP_ROWS, block.m), 0.0, jnp.float32)
-                total = run_pipeline(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
-            else:
-                total = pl.run_scoped(from_zero, plgpu.ACC((WARPGROUP_ROWS, block.m), sums_dtype))
-            out_smem[rows] = total
+        def store(tile, total):
+            """One part of a tile's sums, in the order of the programs that have one."""
+            part = program - lax.div((tile * num_k + 1) * programs - 1, num_steps)
+            m, n = lax.div(tile, num_n), lax.rem(tile, num_n)
+            out_smem[rows] = total.astype(jnp.float32)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 out_smem.at[rows],
                 out_gmem.at[
-                    split, pl.ds(n * block.n + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), pl.ds(m * block.m, block.m)
+                    part, pl.ds(n * block.n + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), pl.ds(m * block.m, block.m)
                 ],
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def multiply(acc, x_smem, codes_smem, columns):
+        def nothing():
+            return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS, block.m), 0, total_dtype), plgpu.Layout.WGMMA)
+
+        def compute(run_pipeline):
+            run_pipeline(nothing())
+
+        def multiply(x_smem, codes_smem, columns):
             left = codes_smem.at[rows, columns]
             if x.dtype == jnp.bfloat16:
-                left = left[...]
+                # Each thread loads 32 bits at once and swaps codes with its neighbours into wgmma's layout.
+                wide = plgpu.Layout.WGMMA_UPCAST_4X if codes.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
+                left = plgpu.layout_cast(plgpu.layout_cast(left[...], wide), plgpu.Layout.WGMMA)
                 if left.dtype == FP8:  # Hopper takes it to float32 only
                     left = left.astype(jnp.float32)
                 left = left.astype(jnp.bfloat16)
-            plgpu.wgmma(acc, left, plgpu.transpose_ref(x_smem.at[:, columns], (1, 0)))
-            plgpu.wgmma_wait(0)
 
-        def body(_, x_smem, codes_smem, *scales_smem_and_total):
-            if not grouped:
-                (acc,) = scales_smem_and_total
-                multiply(acc, x_smem, codes_smem, slice(None))
-                return acc
-            scales_smem, total = scales_smem_and_total
-            for at in range(per_step):
-                columns = pl.ds(at * min(group, block.k), min(group, block.k))
+            def into(acc):
+                plgpu.wgmma(acc, left, x_smem.at[:, columns].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                return acc[...]
 
-                def of_group(acc, columns=columns):
-                    multiply(acc, x_smem, codes_smem, columns)
-                    return acc[...]
+            return pl.run_scoped(into, plgpu.ACC((WARPGROUP_ROWS, block.m), sums_dtype))
 
-                sums = pl.run_scoped(of_group, plgpu.ACC((WARPGROUP_ROWS, block.m), sums_dtype)).astype(jnp.float32)
-                scale = plgpu.load(scales_smem, (at, rows), layout=plgpu.Layout.WGMMA.reduce(1))
-                total += sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
-            return total
+        def body(indices, x_smem, codes_smem, *scales_smem_and_total):
+            total = scales_smem_and_total[-1]
+            if grouped:
+                scales_smem = scales_smem_and_total[0]
+                for at in range(per_step):
+                    sums = multiply(x_smem, codes_smem, pl.ds(at * min(group, block.k), min(group, block.k)))
+                    scale = plgpu.load(scales_smem, (at, rows), layout=plgpu.Layout.WGMMA.reduce(1))
+                    total += sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
+            else:
+                total += multiply(x_smem, codes_smem, slice(None))
+            step = first + indices[0]
+            tile, k = lax.div(step, num_k), lax.rem(step, num_k)
+            done = (k == num_k - 1) | (step == end - 1)
+
+            def next_tile(total):
+                store(tile, total)
+                return nothing()
+
+            return lax.cond(done, next_tile, lambda total: total, total)
 
         specs = [
-            _block_spec((block.m, block.k), lambda k: (m, first + k), x.dtype),
-            _block_spec((block.n, block.k), lambda k: (n, first + k), codes.dtype),
+            _block_spec((block.m, block.k), lambda step: (place(step)[0], place(step)[2]), x.dtype),
+            _block_spec((block.n, block.k), lambda step: place(step)[1:], codes.dtype),
         ]
         operands = [x_gmem, codes_gmem]
         if grouped:
-            specs.append(
-                plgpu.BlockSpec(
-                    (per_step, block.n), lambda k: ((first + k) // steps_per_group, n), memory_space=plgpu.SMEM
-                )
-            )
+            shape, at = (per_step, block.n), lambda step: (place(step)[2] // steps_per_group, place(step)[1])
+            specs.append(plgpu.BlockSpec(shape, at, memory_space=plgpu.SMEM))
             operands.append(scales_gmem)
         plgpu.emit_pipeline_warp_specialized(
             body,
-            grid=(num_k,),
+            grid=(end - first,),
             memory_registers=40,
             in_specs=specs,
             wg_axis="warpgroup",
@@ -215,16 +228,29 @@ def _products(x: Array, codes: Array, scales: Array, grouped: bool, block: Block
             compute_context=compute,
         )(*operands)
 
-    return plgpu.kernel(
+    most, shape = int(counts.max()), (num_n * block.n, num_rows)
+    parts = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((block.splits, num_outputs, num_rows), jnp.float32),
-        grid=(num_n, num_m, block.splits),
-        grid_names=("n", "m", "split"),
+        out_type=jax.ShapeDtypeStruct((most, *shape), jnp.float32),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=num_warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((block.n, block.m), jnp.float32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(x, codes, scales)
+    there = (np.arange(most)[:, None] < counts).reshape(most, num_m, num_n, 1, 1).transpose(0, 2, 3, 1, 4)
+    parts = jnp.where(there, parts.reshape(most, num_n, block.n, num_m, block.m), 0)
+    return jnp.sum(parts, axis=0).reshape(shape)[:num_outputs]
+
+
+def _parts(num_tiles: int, num_k: int, programs: int) -> np.ndarray:
+    """How many programs have a share of each tile's steps."""
+    first = np.arange(num_tiles) * num_k
+    owner_of_first, owner_of_last = (
+        ((step + 1) * programs - 1) // (num_tiles * num_k) for step in (first, first + num_k - 1)
+    )
+    return owner_of_last - owner_of_first + 1
 
 
 def _mosaic_gpu() -> Any:

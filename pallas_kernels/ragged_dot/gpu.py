@@ -124,7 +124,7 @@ def _rows(block: RowBlocks, transposed: bool, x, w, sizes):
 
             def body(_, x_smem, w_smem, acc):
                 left = x_smem.at[pl.ds(own, WARPGROUP_ROWS)]
-                plgpu.wgmma(acc, left, plgpu.transpose_ref(w_smem, (1, 0)) if transposed else w_smem)
+                plgpu.wgmma(acc, left, w_smem.transpose((1, 0)) if transposed else w_smem)
                 plgpu.wgmma_wait(0)
                 return acc
 
@@ -242,7 +242,7 @@ def _weights(block: WeightBlocks, x, d_out, sizes, dtype):
                 mine[...] = jnp.where((row >= low) & (row < high), part, jnp.zeros_like(part))
                 plgpu.commit_smem()
 
-            plgpu.wgmma(acc, plgpu.transpose_ref(mine, (1, 0)), d_smem)
+            plgpu.wgmma(acc, mine.transpose((1, 0)), d_smem)
             plgpu.wgmma_wait(0)
             return acc
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.quantized_matmul import tensor, tpu
+from pallas_kernels.quantized_matmul import gpu, tensor, tpu
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.quantized_matmul.tensor import dequantize, quantize
 
@@ -158,6 +158,21 @@ ON_A_GPU = [
     Case(rows=9, inputs=512, outputs=128, bits="fp8", activations="fp8", axis=-1, dtype="bfloat16"),
     Case(rows=33, inputs=512, outputs=128, bits="fp8", axis=-1, dtype="bfloat16"),
 ]
+
+
+@given(tiles=st.integers(1, 40), steps=st.integers(1, 30), programs=st.integers(1, 50))
+def test_every_step_on_a_gpu_belongs_to_one_part_of_its_tile(tiles, steps, programs):
+    """The kernel's shares, walked in Python: parts are numbered without a gap, and there are as many as are summed."""
+    total = tiles * steps
+    programs = min(programs, total)
+    found: dict[int, list[int]] = {tile: [] for tile in range(tiles)}
+    for program in range(programs):
+        first, end = program * total // programs, (program + 1) * total // programs
+        for step in range(first, end):
+            tile = step // steps
+            if step % steps == steps - 1 or step == end - 1:
+                found[tile].append(program - ((tile * steps + 1) * programs - 1) // total)
+    assert [found[tile] for tile in found] == [list(range(n)) for n in gpu._parts(tiles, steps, programs)]
 
 
 @pytest.mark.gpu

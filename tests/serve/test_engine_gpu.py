@@ -25,10 +25,13 @@ def test_answers_are_those_of_one_sequence_alone(num_pages):
     assert tokens(drive(engines.engine(engines.runner(MODEL), num_pages=num_pages, chunk=7), wanted, every=2)) == alone
 
 
-@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}])
-def test_narrow_weights_give_nearly_the_same_probabilities(change):
+@pytest.mark.parametrize(
+    ("change", "limit"), [({"dtype": "bfloat16"}, 0.2), ({"quantize": "int8"}, 0.2), ({"quantize": "int4"}, 1.2)]
+)
+def test_narrow_weights_give_nearly_the_same_probabilities(change, limit):
+    """A model this small is moved by 0.9 in four bits on a CPU too."""
     exact, narrow = engines.runner(MODEL), engines.runner(dataclasses.replace(MODEL, **change))
     wanted = [request(str(i), prompt, logprobs=0) for i, prompt in enumerate(PROMPTS)]
     one, other = (drive(engines.engine(built), wanted) for built in (exact, narrow))
     for key in one:
-        assert abs(one[key][0].logprobs[0].logprob - other[key][0].logprobs[0].logprob) < 0.6
+        assert abs(one[key][0].logprobs[0].logprob - other[key][0].logprobs[0].logprob) < limit
