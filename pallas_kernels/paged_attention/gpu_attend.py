@@ -18,9 +18,9 @@ from pallas_kernels.attention.gpu_tiles import (
     LAYOUT,
     LOG2E,
     NO_KEY,
-    SHARED_MEMORY,
     WARPGROUP_ROWS,
     Options,
+    Place,
     add_products,
     call_kernel,
     drain,
@@ -37,6 +37,7 @@ from pallas_kernels.paged_attention.gpu_plan import Form, Items, Plan
 WARPGROUPS = 2  # that compute
 COMPUTE_REGISTERS = 232
 MEMORY_REGISTERS = 40  # it finds the pages too
+SHARED_MEMORY = 225 * 1024  # bytes for tiles, of the 227 KiB that a program may ask for
 PROGRAMS = 132  # multiprocessors of an H100 and an H200
 
 
@@ -51,7 +52,7 @@ class Blocks(NamedTuple):
 
 def candidates(head_dim: int, programs: int = PROGRAMS) -> list[Blocks]:
     """What fits shared memory and registers, best first: bytes in flight are what counts."""
-    wide = {64: (128, 64), 128: (64, 128), 256: (64,)}[head_dim]
+    wide = {64: (128, 64), 128: (64,), 256: (64,)}[head_dim]
     sizes = [Blocks(keys, stages, queries, programs) for keys in wide for queries in (2, 1) for stages in (8, 6, 4, 2)]
     return [size for size in sizes if _shared_bytes(size, head_dim) <= SHARED_MEMORY]
 
@@ -224,7 +225,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
             plgpu.barrier_wait(shared.here.at[slot])
             _clear_after(mine.item.end - start, shared.v.at[slot], size.keys, interpret)
             [raw] = products((shared.q.at[place], shared.k.at[slot]), interpret=interpret)
-            x, _ = scores(options, raw, None, None)
+            x, _ = scores(options, raw, Place(0, 0, 0), None)
             seen = key < (mine.item.end - start if limit is None else spread(limit - start, shape))
             if form.window is not None:
                 seen &= key >= spread(position + (1 - form.window) - start, shape)
