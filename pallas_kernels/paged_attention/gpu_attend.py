@@ -32,7 +32,7 @@ from pallas_kernels.attention.gpu_tiles import (
     spread,
     tiles,
 )
-from pallas_kernels.paged_attention.gpu_plan import Form, Items, Plan
+from pallas_kernels.paged_attention.gpu_plan import Form, Items, Pairs, Plan
 
 WARPGROUPS = 2  # that compute
 COMPUTE_REGISTERS = 232
@@ -72,14 +72,15 @@ def attend(form: Form, size: Blocks, options: Options, made: Plan, tables, q, pa
         jax.ShapeDtypeStruct((form.num_units, WARPGROUPS, form.rows, form.head_dim), q.dtype),
         jax.ShapeDtypeStruct((form.num_units, WARPGROUPS, form.rows), jnp.float32),
     )
-    arguments = (jnp.stack(made.items), made.pairs, made.share[None], tables, q, kv)
+    arguments = (made.items, made.pairs, made.share[None], tables, q, kv)
     body = functools.partial(_enter, form, size, options)
-    return call_kernel(body, options, out_type, {"program": size.programs}, arguments)
+    # A row of scores is reduced inside a warp, so that the reductions need none of their usual shared memory.
+    return call_kernel(body, options, out_type, {"program": size.programs}, arguments, reduction_scratch_bytes=128)
 
 
 class _Refs(NamedTuple):
-    items: Any
-    pairs: Any
+    items: Items
+    pairs: Pairs
     share: Any
     tables: Any
     q: Any
@@ -147,13 +148,18 @@ class _Unit(NamedTuple):
 
 def _unit(form: Form, refs: _Refs, turn) -> _Unit:
     program, share = lax.axis_index("program"), refs.share[0]
-    pair = refs.pairs[0, program] + turn
+    pair = refs.pairs.first[program] + turn
     index = lax.div(pair, jnp.int32(form.kv_heads))
     head = pair - index * form.kv_heads
-    item = Items(*(refs.items[field, index] for field in range(len(Items._fields))))
+    item = Items(*(field[index] for field in refs.items))
     line = item.before * form.kv_heads + head * item.blocks - program * share  # of its first block in the share
     first = jnp.maximum(-line, 0)
     return _Unit(pair + program, pair, head, item, first, jnp.minimum(item.blocks, share - line), line + first)
+
+
+def _number_of_units(refs: _Refs):
+    program = lax.axis_index("program")
+    return refs.pairs.end[program] - refs.pairs.first[program]
 
 
 def _copy(form: Form, size: Blocks, refs: _Refs, shared: _Shared):
@@ -194,7 +200,7 @@ def _copy(form: Form, size: Blocks, refs: _Refs, shared: _Shared):
         lax.fori_loop(mine.first, mine.end, step, None)
         return mine.at + mine.end - mine.first
 
-    number = refs.pairs[1, lax.axis_index("program")]
+    number = _number_of_units(refs)
     copied = lax.fori_loop(0, number, unit, jnp.int32(0))
     drain((shared.used,), copied, size.stages)
     drain((shared.q_used,), number, size.queries)
@@ -257,7 +263,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
         plgpu.copy_smem_to_gmem(out.at[kept], refs.out.at[mine.number, warpgroup])
         plgpu.copy_smem_to_gmem(lse.at[kept], refs.lse.at[mine.number, warpgroup])
 
-    lax.fori_loop(0, refs.pairs[1, lax.axis_index("program")], unit, None)
+    lax.fori_loop(0, _number_of_units(refs), unit, None)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -13,6 +13,7 @@ from jax import Array
 
 MAX_ROWS = 64  # of a wgmma: (token, query head) pairs of an item and a kv head
 MIN_ROWS = 8  # of a tile in shared memory
+MOST_PARTS = 34  # of a pair, since merging costs for each. With 4 kv heads or more one sequence still fills the chip
 
 
 class Form(NamedTuple):
@@ -42,8 +43,8 @@ class Form(NamedTuple):
 
     @property
     def most_parts(self) -> int:
-        """Of one pair: it is no longer than a kv head's share of the line."""
-        return min(self.programs, -(-self.programs // self.kv_heads) + 1)
+        """Of one pair: it is no longer than a kv head's part of the line."""
+        return min(self.programs, MOST_PARTS, -(-self.programs // self.kv_heads) + 1)
 
 
 class Items(NamedTuple):
@@ -57,13 +58,20 @@ class Items(NamedTuple):
     before: Array  # blocks of all items before it
 
 
+class Pairs(NamedTuple):
+    """Each program has a part in the pairs first <= n < end."""
+
+    first: Array
+    end: Array
+
+
 class Plan(NamedTuple):
     items: Items
     token: Array  # first of each item [I]
     taken: Array  # tokens of each item [I]
     first_item: Array  # of each sequence [R]
     share: Array  # blocks of a program, []
-    pairs: Array  # of each program its first pair and how many it takes part in [2, programs]
+    pairs: Pairs  # of each program
 
 
 def item_shape(num_tokens: int, num_sequences: int, group: int) -> tuple[int, int]:
@@ -99,9 +107,11 @@ def plan(form: Form, lengths: Array, starts: Array, num_sequences: Array) -> Pla
 
     total = block_ends[-1] * form.kv_heads
     share = jnp.maximum(-(-total // form.programs), 1)
+    if form.most_parts == MOST_PARTS:
+        share = jnp.maximum(share, -(-jnp.max(number_of_blocks) // (MOST_PARTS - 1)))
     begins = jnp.arange(form.programs, dtype=jnp.int32) * share
     low, high = (_pair_of(form, items, block_ends, at) for at in (begins, jnp.minimum(begins + share, total) - 1))
-    pairs = jnp.stack([low, jnp.where(begins < total, high - low + 1, 0)])
+    pairs = Pairs(low, jnp.where(begins < total, high + 1, low))
     return Plan(items, starts[sequence] + within, taken, first_item, share, pairs)
 
 

@@ -188,7 +188,7 @@ def test_two_runs_are_the_same():
 # What is decided before anything runs.
 
 
-@pytest.mark.parametrize(("kv_heads", "programs", "group"), [(1, 7, 4), (2, 5, 3), (3, 132, 1), (8, 132, 8)])
+@pytest.mark.parametrize(("kv_heads", "programs", "group"), [(1, 7, 4), (2, 5, 3), (3, 132, 1), (8, 132, 8), (1, 132, 8)])
 @pytest.mark.parametrize("window", [None, 100])
 def test_every_block_is_computed_once(kv_heads: int, programs: int, group: int, window: int | None):
     counts, lengths = np.array([1, 0, 90, 1, 7]), np.array([1, 50, 90, 3000, 131])
@@ -200,7 +200,7 @@ def test_every_block_is_computed_once(kv_heads: int, programs: int, group: int, 
     of, share = jax.tree.map(np.asarray, gpu_plan.parts(form, made)), int(made.share)
     seen, numbers = set(), {}
     for program in range(programs):
-        for pair in range(made.pairs[0, program], made.pairs[0, program] + made.pairs[1, program]):
+        for pair in range(made.pairs.first[program], made.pairs.end[program]):
             item, head = divmod(int(pair), kv_heads)
             line = int(made.items.before[item] * kv_heads + head * made.items.blocks[item]) - program * share
             found = range(max(-line, 0), min(int(made.items.blocks[item]), share - line))
