@@ -35,8 +35,8 @@ from pallas_kernels.attention.gpu_tiles import (
 from pallas_kernels.paged_attention.gpu_plan import Form, Items, Pairs, Plan
 
 WARPGROUPS = 2  # that compute
-COMPUTE_REGISTERS = 232
-MEMORY_REGISTERS = 40  # it finds the pages too
+REGISTERS = {64: (232, 40), 128: (232, 40), 256: (240, 24)}  # of a thread that computes, and that copies, by head_dim
+COLUMNS = 64  # of values in registers at a time where rows are cleared
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of the 227 KiB that a program may ask for
 PROGRAMS = 132  # multiprocessors of an H100 and an H200
 
@@ -118,17 +118,19 @@ def _enter(form: Form, size: Blocks, options: Options, *references):
         used=plgpu.Barrier(num_barriers=size.stages),
     )
 
+    to_compute, to_copy = REGISTERS[form.head_dim]
+
     def with_memory(shared):
         warpgroup = lax.axis_index("wg")
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(to_compute, action="increase")
             _compute(form, size, options, warpgroup, refs, shared)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(to_copy, action="decrease")
             _copy(form, size, refs, shared)
 
     pl.run_scoped(with_memory, shared, collective_axes="wg")
@@ -272,7 +274,9 @@ def _clear_after(number, values, keys: int, interpret: bool):
 
     @pl.when(number < keys)
     def _():
-        part = lay(values[...], LAYOUT, interpret)
-        row = lay(lax.broadcasted_iota(jnp.int32, part.shape, 0), LAYOUT, interpret)
-        values[...] = jnp.where(row < number, part, jnp.zeros_like(part))
+        for column in range(0, values.shape[1], COLUMNS):
+            some = values.at[:, pl.ds(column, COLUMNS)]
+            part = lay(some[...], LAYOUT, interpret)
+            row = lay(lax.broadcasted_iota(jnp.int32, part.shape, 0), LAYOUT, interpret)
+            some[...] = jnp.where(row < number, part, jnp.zeros_like(part))
         plgpu.commit_smem()

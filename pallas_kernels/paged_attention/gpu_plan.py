@@ -131,10 +131,10 @@ def _pair_of(form: Form, items: Items, block_ends: Array, at: Array) -> Array:
 
 
 class Parts(NamedTuple):
-    """The units of each pair, as numbers first <= u < first + count."""
+    """The units of each pair, as numbers first <= u < first + number."""
 
     first: Array  # [I, K]
-    count: Array  # [I, K]
+    number: Array  # [I, K]
 
 
 def parts(form: Form, made: Plan) -> Parts:
