@@ -221,7 +221,9 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
         place = lax.rem(turn, jnp.int32(size.queries))
         plgpu.barrier_wait(shared.q_here.at[place])
         position = token + mine.item.position
-        limit = jnp.minimum(position + 1, mine.item.end) if form.causal else None
+        limit = lay(jnp.full((WARPGROUP_ROWS,), mine.item.end, jnp.int32), LAYOUT.reduce(1), interpret)
+        if form.causal:
+            limit = jnp.minimum(position + 1, limit)
         # Its blocks are those whose number in the program is even, or odd: a slot belongs to one warpgroup.
         skip = lax.rem(mine.at + warpgroup, jnp.int32(WARPGROUPS))
 
@@ -234,7 +236,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
             _clear_after(mine.item.end - start, shared.v.at[slot], size.keys, interpret)
             [raw] = products((shared.q.at[place], shared.k.at[slot]), interpret=interpret)
             x, _ = scores(options, raw, Place(0, 0, 0), None)
-            seen = key < (mine.item.end - start if limit is None else spread(limit - start, shape))
+            seen = key < spread(limit - start, shape)
             if form.window is not None:
                 seen &= key >= spread(position + (1 - form.window) - start, shape)
             x = jnp.where(seen, x, -jnp.inf)
