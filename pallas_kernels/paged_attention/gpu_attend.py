@@ -221,9 +221,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
         place = lax.rem(turn, jnp.int32(size.queries))
         plgpu.barrier_wait(shared.q_here.at[place])
         position = token + mine.item.position
-        limit = lay(jnp.full((WARPGROUP_ROWS,), mine.item.end, jnp.int32), LAYOUT.reduce(1), interpret)
-        if form.causal:
-            limit = jnp.minimum(position + 1, limit)
+        limit = jnp.minimum(position + 1, mine.item.end)
         # Its blocks are those whose number in the program is even, or odd: a slot belongs to one warpgroup.
         skip = lax.rem(mine.at + warpgroup, jnp.int32(WARPGROUPS))
 

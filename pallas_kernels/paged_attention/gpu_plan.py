@@ -51,7 +51,7 @@ class Items(NamedTuple):
     """Of each item [I]. Blocks are counted from `first`, the first key that is read; keys from `end` on are not seen."""
 
     sequence: Array
-    position: Array  # of its first token in the sequence
+    position: Array  # of its first token in the sequence; of all keys or later where a token sees them all
     first: Array
     end: Array
     blocks: Array  # 0 for an item that is not in use
@@ -103,6 +103,7 @@ def plan(form: Form, lengths: Array, starts: Array, num_sequences: Array) -> Pla
     first = begin // form.piece * form.piece
     number_of_blocks = jnp.where(taken > 0, -(-(end - first) // form.keys), 0)
     block_ends = _running_sum(number_of_blocks)
+    position = position if form.causal else end
     items = Items(sequence, position, first, end, number_of_blocks, block_ends - number_of_blocks)
 
     total = block_ends[-1] * form.kv_heads
