@@ -293,8 +293,13 @@ def either_warpgroup(compute: Callable[[Any], None], copy: Callable[[], None]) -
         copy()
 
 
-def call_kernel(body: Callable, options: Options, out_type: Any, grid: dict[str, int], arguments: tuple) -> Any:
-    """body(*references, of arguments and results) on a grid of thread blocks, two computing warpgroups and one copying."""
+def call_kernel(
+    body: Callable, options: Options, out_type: Any, grid: dict[str, int], arguments: tuple, **more: Any
+) -> Any:
+    """body(*references, of arguments and results) on a grid of thread blocks, two computing warpgroups and one copying.
+
+    more: further parameters of the compiler.
+    """
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
@@ -302,7 +307,9 @@ def call_kernel(body: Callable, options: Options, out_type: Any, grid: dict[str,
         grid_names=tuple(grid),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **more
+        ),
         **({"interpret": _interpreter()} if options.interpret else {}),
     )
     return kernel(*arguments)

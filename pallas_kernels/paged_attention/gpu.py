@@ -4,6 +4,8 @@
 token are merged by their log-sum-exp.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,10 +14,10 @@ from pallas_kernels.attention import gpu
 from pallas_kernels.dispatch import Arguments, Chip
 from pallas_kernels.paged_attention import gpu_plan
 from pallas_kernels.paged_attention.gpu_plan import Form
-from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, Located, locate, merge, values, write
+from pallas_kernels.paged_attention.reference import NEG_INF, KVPages, Located, locate, merge, stored, values
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-INTERPRETED_PROGRAMS = 3
+INTERPRETED_PROGRAMS = 2  # each is compiled on its own, and the cut between two goes through an item
 
 
 def refuse(chip: Chip, arguments: Arguments) -> str | None:
@@ -45,7 +47,7 @@ def paged_attention(
 ):
     """See `api.paged_attention`."""
     at = locate(q.shape[0], lengths, starts, num_sequences)
-    pages = write(k_new, v_new, pages, block_tables, at)
+    pages = _write(k_new, v_new, pages, block_tables, at)
     options = {"softcap": softcap, "scale": scale}
     numbers = (lengths, starts, num_sequences)
     out, lse = _attend(q, pages, block_tables, *numbers, at, sinks, causal=True, window=window, **options)
@@ -103,6 +105,14 @@ def _attend(
     return _merged(form, made, at, starts, sinks, *found)
 
 
+def _write(k_new, v_new, pages: KVPages, tables, at: Located) -> KVPages:
+    """As `reference.write`, keys and values in one scatter: on a GPU each is a kernel."""
+    num_pages, _, _, page_size, _ = pages.data.shape
+    page = jnp.where(at.real, tables[at.sequence, at.position // page_size], num_pages)  # past the end: dropped
+    new = jnp.stack([stored(x, pages.data.dtype) for x in (k_new, v_new)], axis=2)
+    return pages._replace(data=pages.data.at[page, :, :, at.position % page_size].set(new, mode="drop"))
+
+
 def _pairs_of(form: Form, made: gpu_plan.Plan, q: Array) -> Array:
     """Queries of each (item, kv head) pair [I * K, rows, H]: those of the first token, of the second, ..."""
     token = jnp.minimum(made.token[:, None] + jnp.arange(form.tokens), q.shape[0] - 1)
@@ -118,25 +128,28 @@ def _merged(form: Form, made: gpu_plan.Plan, at: Located, starts, sinks, out, ls
     inside = jnp.where(at.real, jnp.arange(num_tokens) - starts[at.sequence], 0)
     item = jnp.where(at.real, made.first_item[at.sequence] + inside // form.tokens, 0)
     row = (inside % form.tokens)[:, None] * form.group + jnp.arange(form.group)  # [M, G]
-    part = jnp.arange(form.most_parts)
-    live = at.real[:, None, None] & (part < of.count[item][..., None])  # [M, K, C]
-    unit = jnp.where(live, of.first[item][..., None] + part, 0)
-    weights = jnp.where(live[:, :, None, :, None], lse[unit[:, :, None], :, row[:, None, :, None]], NEG_INF)
-    top = jnp.max(weights, axis=(3, 4))  # [M, K, G]
-    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(form.kv_heads, form.group)
-    if sink is not None:
-        top = jnp.maximum(top, sink)
-    weights = jnp.where(weights > NEG_INF / 2, jnp.exp(weights - top[..., None, None]), 0)  # [M, K, G, C, 2]
-    total = jnp.sum(weights, axis=(3, 4))
-    if sink is not None:
-        total += jnp.where(at.real[:, None, None], jnp.exp(sink - top), 0)
-    one = jnp.where(total == 0, 1, total)
-    weights = weights / one[..., None, None]
-    merged = jnp.zeros((*total.shape, form.head_dim), jnp.float32)
-    for part in range(form.most_parts):  # written out, XLA adds them in one kernel and stores none of them
+    shape = (num_tokens, form.kv_heads, form.group)
+    first, count = (x[item][:, :, None] for x in of)  # [M, K, 1]
+    # Written out, so that XLA adds all parts up in one kernel and stores none of them.
+    found = []
+    for part in range(form.most_parts):
+        live = at.real[:, None, None] & (part < count)
+        unit = jnp.broadcast_to(jnp.where(live, first + part, 0), shape)
         for half in range(2):
-            found = out[unit[:, :, None, part], half, row[:, None]].astype(jnp.float32)  # [M, K, G, H]
-            weight = weights[..., part, half, None]
-            merged += jnp.where(weight > 0, found, 0) * weight
+            place = unit, half, jnp.broadcast_to(row[:, None], shape)
+            found.append((place, jnp.where(live, lse[place], NEG_INF)))
+    top = functools.reduce(jnp.maximum, [weight for _, weight in found])
+    total = jnp.zeros_like(top)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(form.kv_heads, form.group)
+        top = jnp.maximum(top, sink)
+        total = jnp.where(at.real[:, None, None], jnp.exp(sink - top), 0)
+    merged = jnp.zeros((*shape, form.head_dim), jnp.float32)
+    for place, weight in found:
+        weight = jnp.where(weight > NEG_INF / 2, jnp.exp(weight - top), 0)
+        total += weight
+        merged += jnp.where(weight[..., None] > 0, out[place].astype(jnp.float32), 0) * weight[..., None]
+    one = jnp.where(total == 0, 1, total)
+    merged /= one[..., None]
     lse = jnp.where(total == 0, NEG_INF, top + jnp.log(one))
     return merged.reshape(num_tokens, -1, form.head_dim), lse.reshape(num_tokens, -1)

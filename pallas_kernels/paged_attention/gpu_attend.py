@@ -18,9 +18,9 @@ from pallas_kernels.attention.gpu_tiles import (
     LAYOUT,
     LOG2E,
     NO_KEY,
-    SHARED_MEMORY,
     WARPGROUP_ROWS,
     Options,
+    Place,
     add_products,
     call_kernel,
     drain,
@@ -32,11 +32,12 @@ from pallas_kernels.attention.gpu_tiles import (
     spread,
     tiles,
 )
-from pallas_kernels.paged_attention.gpu_plan import Form, Items, Plan
+from pallas_kernels.paged_attention.gpu_plan import Form, Items, Pairs, Plan
 
 WARPGROUPS = 2  # that compute
-COMPUTE_REGISTERS = 232
-MEMORY_REGISTERS = 40  # it finds the pages too
+REGISTERS = {64: (232, 40), 128: (232, 40), 256: (240, 24)}  # of a thread that computes, and that copies, by head_dim
+COLUMNS = 64  # of values in registers at a time where rows are cleared
+SHARED_MEMORY = 225 * 1024  # bytes for tiles, of the 227 KiB that a program may ask for
 PROGRAMS = 132  # multiprocessors of an H100 and an H200
 
 
@@ -51,7 +52,7 @@ class Blocks(NamedTuple):
 
 def candidates(head_dim: int, programs: int = PROGRAMS) -> list[Blocks]:
     """What fits shared memory and registers, best first: bytes in flight are what counts."""
-    wide = {64: (128, 64), 128: (64, 128), 256: (64,)}[head_dim]
+    wide = {64: (128, 64), 128: (64,), 256: (64,)}[head_dim]
     sizes = [Blocks(keys, stages, queries, programs) for keys in wide for queries in (2, 1) for stages in (8, 6, 4, 2)]
     return [size for size in sizes if _shared_bytes(size, head_dim) <= SHARED_MEMORY]
 
@@ -71,14 +72,15 @@ def attend(form: Form, size: Blocks, options: Options, made: Plan, tables, q, pa
         jax.ShapeDtypeStruct((form.num_units, WARPGROUPS, form.rows, form.head_dim), q.dtype),
         jax.ShapeDtypeStruct((form.num_units, WARPGROUPS, form.rows), jnp.float32),
     )
-    arguments = (jnp.stack(made.items), made.pairs, made.share[None], tables, q, kv)
+    arguments = (made.items, made.pairs, made.share[None], tables, q, kv)
     body = functools.partial(_enter, form, size, options)
-    return call_kernel(body, options, out_type, {"program": size.programs}, arguments)
+    # A row of scores is reduced inside a warp, so that the reductions need none of their usual shared memory.
+    return call_kernel(body, options, out_type, {"program": size.programs}, arguments, reduction_scratch_bytes=128)
 
 
 class _Refs(NamedTuple):
-    items: Any
-    pairs: Any
+    items: Items
+    pairs: Pairs
     share: Any
     tables: Any
     q: Any
@@ -116,17 +118,19 @@ def _enter(form: Form, size: Blocks, options: Options, *references):
         used=plgpu.Barrier(num_barriers=size.stages),
     )
 
+    to_compute, to_copy = REGISTERS[form.head_dim]
+
     def with_memory(shared):
         warpgroup = lax.axis_index("wg")
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(to_compute, action="increase")
             _compute(form, size, options, warpgroup, refs, shared)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(to_copy, action="decrease")
             _copy(form, size, refs, shared)
 
     pl.run_scoped(with_memory, shared, collective_axes="wg")
@@ -146,13 +150,18 @@ class _Unit(NamedTuple):
 
 def _unit(form: Form, refs: _Refs, turn) -> _Unit:
     program, share = lax.axis_index("program"), refs.share[0]
-    pair = refs.pairs[0, program] + turn
+    pair = refs.pairs.first[program] + turn
     index = lax.div(pair, jnp.int32(form.kv_heads))
     head = pair - index * form.kv_heads
-    item = Items(*(refs.items[field, index] for field in range(len(Items._fields))))
+    item = Items(*(field[index] for field in refs.items))
     line = item.before * form.kv_heads + head * item.blocks - program * share  # of its first block in the share
     first = jnp.maximum(-line, 0)
     return _Unit(pair + program, pair, head, item, first, jnp.minimum(item.blocks, share - line), line + first)
+
+
+def _number_of_units(refs: _Refs):
+    program = lax.axis_index("program")
+    return refs.pairs.end[program] - refs.pairs.first[program]
 
 
 def _copy(form: Form, size: Blocks, refs: _Refs, shared: _Shared):
@@ -193,7 +202,7 @@ def _copy(form: Form, size: Blocks, refs: _Refs, shared: _Shared):
         lax.fori_loop(mine.first, mine.end, step, None)
         return mine.at + mine.end - mine.first
 
-    number = refs.pairs[1, lax.axis_index("program")]
+    number = _number_of_units(refs)
     copied = lax.fori_loop(0, number, unit, jnp.int32(0))
     drain((shared.used,), copied, size.stages)
     drain((shared.q_used,), number, size.queries)
@@ -212,7 +221,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
         place = lax.rem(turn, jnp.int32(size.queries))
         plgpu.barrier_wait(shared.q_here.at[place])
         position = token + mine.item.position
-        limit = jnp.minimum(position + 1, mine.item.end) if form.causal else None
+        limit = jnp.minimum(position + 1, mine.item.end)
         # Its blocks are those whose number in the program is even, or odd: a slot belongs to one warpgroup.
         skip = lax.rem(mine.at + warpgroup, jnp.int32(WARPGROUPS))
 
@@ -224,8 +233,8 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
             plgpu.barrier_wait(shared.here.at[slot])
             _clear_after(mine.item.end - start, shared.v.at[slot], size.keys, interpret)
             [raw] = products((shared.q.at[place], shared.k.at[slot]), interpret=interpret)
-            x, _ = scores(options, raw, None, None)
-            seen = key < (mine.item.end - start if limit is None else spread(limit - start, shape))
+            x, _ = scores(options, raw, Place(0, 0, 0), None)
+            seen = key < spread(limit - start, shape)
             if form.window is not None:
                 seen &= key >= spread(position + (1 - form.window) - start, shape)
             x = jnp.where(seen, x, -jnp.inf)
@@ -256,7 +265,7 @@ def _compute(form: Form, size: Blocks, options: Options, warpgroup, refs: _Refs,
         plgpu.copy_smem_to_gmem(out.at[kept], refs.out.at[mine.number, warpgroup])
         plgpu.copy_smem_to_gmem(lse.at[kept], refs.lse.at[mine.number, warpgroup])
 
-    lax.fori_loop(0, refs.pairs[1, lax.axis_index("program")], unit, None)
+    lax.fori_loop(0, _number_of_units(refs), unit, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -265,7 +274,9 @@ def _clear_after(number, values, keys: int, interpret: bool):
 
     @pl.when(number < keys)
     def _():
-        part = lay(values[...], LAYOUT, interpret)
-        row = lay(lax.broadcasted_iota(jnp.int32, part.shape, 0), LAYOUT, interpret)
-        values[...] = jnp.where(row < number, part, jnp.zeros_like(part))
+        for column in range(0, values.shape[1], COLUMNS):
+            some = values.at[:, pl.ds(column, COLUMNS)]
+            part = lay(some[...], LAYOUT, interpret)
+            row = lay(lax.broadcasted_iota(jnp.int32, part.shape, 0), LAYOUT, interpret)
+            some[...] = jnp.where(row < number, part, jnp.zeros_like(part))
         plgpu.commit_smem()

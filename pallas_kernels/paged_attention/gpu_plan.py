@@ -13,6 +13,7 @@ from jax import Array
 
 MAX_ROWS = 64  # of a wgmma: (token, query head) pairs of an item and a kv head
 MIN_ROWS = 8  # of a tile in shared memory
+MOST_PARTS = 34  # of a pair, since merging costs for each. With 4 kv heads or more one sequence still fills the chip
 
 
 class Form(NamedTuple):
@@ -42,19 +43,26 @@ class Form(NamedTuple):
 
     @property
     def most_parts(self) -> int:
-        """Of one pair: it is no longer than a kv head's share of the line."""
-        return min(self.programs, -(-self.programs // self.kv_heads) + 1)
+        """Of one pair: it is no longer than a kv head's part of the line."""
+        return min(self.programs, MOST_PARTS, -(-self.programs // self.kv_heads) + 1)
 
 
 class Items(NamedTuple):
     """Of each item [I]. Blocks are counted from `first`, the first key that is read; keys from `end` on are not seen."""
 
     sequence: Array
-    position: Array  # of its first token in the sequence
+    position: Array  # of its first token in the sequence; of all keys or later where a token sees them all
     first: Array
     end: Array
     blocks: Array  # 0 for an item that is not in use
     before: Array  # blocks of all items before it
+
+
+class Pairs(NamedTuple):
+    """Each program has a part in the pairs first <= n < end."""
+
+    first: Array
+    end: Array
 
 
 class Plan(NamedTuple):
@@ -63,7 +71,7 @@ class Plan(NamedTuple):
     taken: Array  # tokens of each item [I]
     first_item: Array  # of each sequence [R]
     share: Array  # blocks of a program, []
-    pairs: Array  # of each program its first pair and how many it takes part in [2, programs]
+    pairs: Pairs  # of each program
 
 
 def item_shape(num_tokens: int, num_sequences: int, group: int) -> tuple[int, int]:
@@ -95,13 +103,16 @@ def plan(form: Form, lengths: Array, starts: Array, num_sequences: Array) -> Pla
     first = begin // form.piece * form.piece
     number_of_blocks = jnp.where(taken > 0, -(-(end - first) // form.keys), 0)
     block_ends = _running_sum(number_of_blocks)
+    position = position if form.causal else end
     items = Items(sequence, position, first, end, number_of_blocks, block_ends - number_of_blocks)
 
     total = block_ends[-1] * form.kv_heads
     share = jnp.maximum(-(-total // form.programs), 1)
+    if form.most_parts == MOST_PARTS:
+        share = jnp.maximum(share, -(-jnp.max(number_of_blocks) // (MOST_PARTS - 1)))
     begins = jnp.arange(form.programs, dtype=jnp.int32) * share
     low, high = (_pair_of(form, items, block_ends, at) for at in (begins, jnp.minimum(begins + share, total) - 1))
-    pairs = jnp.stack([low, jnp.where(begins < total, high - low + 1, 0)])
+    pairs = Pairs(low, jnp.where(begins < total, high + 1, low))
     return Plan(items, starts[sequence] + within, taken, first_item, share, pairs)
 
 
@@ -121,10 +132,10 @@ def _pair_of(form: Form, items: Items, block_ends: Array, at: Array) -> Array:
 
 
 class Parts(NamedTuple):
-    """The units of each pair, as numbers first <= u < first + count."""
+    """The units of each pair, as numbers first <= u < first + number."""
 
     first: Array  # [I, K]
-    count: Array  # [I, K]
+    number: Array  # [I, K]
 
 
 def parts(form: Form, made: Plan) -> Parts:
