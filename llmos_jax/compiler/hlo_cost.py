@@ -251,7 +251,7 @@ def hbm_bytes(module: Module, where: Computation, i: Instruction) -> float:
         return 0.0
     if i.target and (said := i.number("bytes_accessed")) is not None:
         return float(said)
-    if i.opcode == "fusion":
+    if i.opcode in ("fusion", "fusion-start"):
         return _fusion_bytes(module, where, i)
     operands = [leaf for name in i.operands for leaf in leaves(where[name].result)]
     if i.opcode in ("dynamic-slice", "slice", "gather"):
@@ -278,12 +278,14 @@ def _started_bytes(i: Instruction, operands: list[Shape]) -> float:
 
 def _fusion_bytes(module: Module, where: Computation, i: Instruction) -> float:
     inner = module.computations[i.calls[0]]
-    total = 0.0
+    shapes, total = i.shapes, 0.0
+    if i.opcode == "fusion-start":  # on a stream of its own, on GPUs: the operands stand before the results
+        shapes = shapes[sum(len(leaves(where[name].result)) for name in i.operands) :]
     for number, name in enumerate(i.operands):
         if leaves(where[name].result)[0].space == HBM:
             total += _read(module, inner, inner.parameters[number].name)
     roots = inner.root.operands if inner.root.opcode == "tuple" else (inner.root.name,)
-    for name, shape in zip(roots, i.shapes, strict=False):
+    for name, shape in zip(roots, shapes, strict=False):
         total += _written(module, inner, name) if shape.space == HBM else 0.0
     return total
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cpu import dot, transpose
+from pallas_kernels.dispatch import current_chip
 
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+# Logits held at once: 64 MiB in float32 on a CPU. An accelerator reads and writes the sums of w's gradient for each chunk.
+CPU_CHUNK, CHUNK = 2**24, 2**27
 
 
 def linear_cross_entropy(x, w, labels, weights, *, transposed, z_loss, softcap, vocab_axis):
@@ -64,7 +66,8 @@ def _chunks(options, x, w, labels, weights):
     """The tokens in equal chunks, [num_chunks, chunk, ...]; what is filled up has weight 0."""
     vocab = w.shape[0 if options[0] else 1]
     tokens = x.shape[0]
-    num_chunks = -(-tokens // max(1, CHUNK_ELEMENTS // vocab))
+    elements = CPU_CHUNK if current_chip().platform == "cpu" else CHUNK
+    num_chunks = -(-tokens // max(1, elements // vocab))
     size = -(-tokens // num_chunks)
 
     def split(a):

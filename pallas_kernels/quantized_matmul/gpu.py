@@ -27,6 +27,8 @@ WARPGROUP_ROWS = 64
 SHARED_BYTES = 227 * 1024
 NUM_CORES = 132
 MOST_ROWS = 128  # of x: two accumulators of them fill half of a warpgroup's registers
+# Three computing warpgroups: four would ask for more registers (4 x 112 + 40) than five start with (5 x 96), and wait forever.
+MOST_OUTPUTS = 192
 MOST_SUMS = 128 * 128  # of a thread block, in registers and once more in shared memory
 SWIZZLE = 128  # bytes
 
@@ -69,7 +71,7 @@ def candidates(num_rows: int, num_inputs: int, num_outputs: int, step: int, code
     rows = min(MOST_ROWS, num_rows + -num_rows % (8 if num_rows <= 32 else 16))  # as wgmma has them for int8
     found = {}
     for k in (128, 256):
-        for n in (64, 128, 256):
+        for n in (64, 128, MOST_OUTPUTS):
             if num_inputs % k or (step % k and k % step) or rows * n > MOST_SUMS:
                 continue
             stage = n * k * code_bits // 8 + rows * k * x_bytes + 4 * n * max(1, k // step)

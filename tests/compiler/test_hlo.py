@@ -1,11 +1,12 @@
 """What is read off and counted in the text of compiled programs, against other ways of counting.
 
-The files beside this one are what the TPU compiler made of small programs (jax 0.10, v5e:2x2 and v5p:2x2x1), without
+The files beside this one are what compilers made of small programs (TPU: jax 0.10, v5e:2x2 and v5p:2x2x1), without
 the tables of source lines and most of the configuration:
 
 - tpu_scan: six layers of x[2048, 2048] @ all_gather(w[1024, 2048]), batch and weights split over "fsdp"
 - tpu_async_scan: six layers of tanh(x[4096, 4096] @ all_gather(a[2048, 8192])) @ all_gather(b[8192, 2048])
 - tpu_gather_scatter: x[512, 1024] @ all_gather(w[512, 512], "fsdp"), then a reduce-scatter over "tensor", float32
+- gpu_scan (jax 0.11, H200): six layers of y = x[4096, 2048] @ w[2048, 2048], tanh(y) the next x and every y kept
 - tpu_batched_dot: einsum("bqhd,bkhd->bhqk") of [8, 128, 4, 64] and [8, 256, 4, 64]
 """
 
@@ -291,6 +292,13 @@ def test_bytes_of_a_scanned_layer_are_a_slice_and_what_stays_in_vmem_is_free():
     assert steps["constant_dynamic-slice_fusion.2"].bytes == pytest.approx(weight, abs=64)
     assert steps["fusion.11"].bytes == steps["all-gather.7"].bytes == steps["copy.14"].bytes == 0
     assert cost(module).bytes == pytest.approx(6 * weight + 2 * 2048 * 2048 * 2, rel=1e-4)  # x in and out
+
+
+def test_bytes_of_slices_on_streams_of_their_own():
+    """A GPU's `fusion-start` has its operands beside its results: the stack is neither read nor written whole."""
+    x, w = 4096 * 2048 * 2, 2048 * 2048 * 2
+    layers = 6 * (6 * x + 3 * w)  # slice w, multiply, tanh, keep y
+    assert layers <= cost(stored("gpu_scan")).bytes <= layers + 6 * x + 3 * x  # and zeros for the stack, and the ends
 
 
 def test_bytes_of_an_update_in_place():

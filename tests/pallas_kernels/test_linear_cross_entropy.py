@@ -100,7 +100,7 @@ def test_one_chunk_equals_numpy(transposed):
 )
 def test_chunks_that_do_not_divide_the_tokens_equal_numpy(case, chunk_tokens):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xla, "CHUNK_ELEMENTS", chunk_tokens * case.vocab)
+        patch.setattr(xla, "CPU_CHUNK", chunk_tokens * case.vocab)
         options = (*case.options().items(),)
         compare(jax.jit(functools.partial(differentiate.__wrapped__, options))(*case.arrays()), expected(case))
         compare(jax.jit(functools.partial(linear_cross_entropy, **case.options()))(*case.arrays()), expected(case)[:2])
@@ -206,7 +206,7 @@ def sharded_loss(case: Case, parts: int, implementation: str | None = None):
 def test_a_split_vocabulary_equals_a_whole_one(parts, transposed, monkeypatch):
     """Each device holds a part of V; loss and both gradients are those of one device."""
     case = Case(transposed=transposed, z_loss=0.1, softcap=3.0)
-    monkeypatch.setattr(xla, "CHUNK_ELEMENTS", 3 * case.vocab // parts)
+    monkeypatch.setattr(xla, "CPU_CHUNK", 3 * case.vocab // parts)
     run, (x, w, labels, weights) = sharded_loss(case, parts), case.arrays()
 
     @jax.jit
@@ -234,7 +234,7 @@ def sizes(jaxpr) -> list[int]:
 
 def test_the_logits_are_never_held_whole(monkeypatch):
     tokens, features, vocab, chunk = 64, 4, 512, 8
-    monkeypatch.setattr(xla, "CHUNK_ELEMENTS", chunk * vocab)
+    monkeypatch.setattr(xla, "CPU_CHUNK", chunk * vocab)
     arrays = [jnp.ones(s) for s in ((tokens, features), (features, vocab))]
     labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
     run = functools.partial(differentiate.__wrapped__, ())

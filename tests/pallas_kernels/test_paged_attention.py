@@ -74,7 +74,7 @@ def test_a_quantised_pool(implementation, dtype, kv_heads):
     )
     out, pages = paged_attention(*batch.arrays(pages=dtype), implementation=implementation)
     assert pages.data.dtype == dtype
-    check(batch, out, pages)
+    check(batch, out, pages, tolerance=1e-4)  # scores of some hundred, so that a rounding moves a weight by 2e-5
 
 
 def test_values_that_a_quantised_pool_cannot_hold_are_kept_in_its_range():

@@ -175,6 +175,19 @@ def test_every_step_on_a_gpu_belongs_to_one_part_of_its_tile(tiles, steps, progr
     assert [found[tile] for tile in found] == [list(range(n)) for n in gpu._parts(tiles, steps, programs)]
 
 
+@given(rows=st.integers(1, 600), inputs=st.integers(1, 60), outputs=st.integers(1, 4000), bits=st.sampled_from([4, 8]))
+def test_warpgroups_on_a_gpu_ask_for_no_more_registers_than_they_start_with(rows, inputs, outputs, bits):
+    """They would wait for them forever; the pipeline divides 512 a thread of a warpgroup, less 40 for the copying one."""
+    found = gpu.candidates(rows, inputs * 256, outputs, 128, bits, 2)
+    assert found
+    for block in found:
+        computing = block.n // gpu.WARPGROUP_ROWS
+        start = min(255, 65536 // (128 * (computing + 1))) // 8 * 8
+        wanted = min(256, (512 - 40) // computing) // 8 * 8
+        assert computing * wanted + 40 <= start * (computing + 1) or computing == 1
+        assert block.m * block.n * 4 + block.stages * block.k * (block.n * bits // 8 + block.m * 2) < gpu.SHARED_BYTES
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_A_GPU, ids=range(len(ON_A_GPU)))
 def test_the_gpu_kernel_on_a_gpu(case):
