@@ -177,7 +177,8 @@ def _accelerator_cases(only: list[str]) -> Iterator[tuple[str, str, str, int]]:
     for op, case in cases.CASES.items():
         for direction in case.directions:
             for dtype in case.dtypes:
-                if (only and not any(part in f"{op}.{direction}" for part in only)) or dtype == "float32":
+                name = f"{op}.{direction} {dtype}"
+                if dtype == "float32" or (only and not any(part in name for part in only)):
                     continue
                 decodes = op == "quantized_matmul" and direction == "forward"
                 yield from ((op, dtype, direction, rows) for rows in (DECODE_ROWS if decodes else (0,)))

@@ -158,7 +158,7 @@ def systems(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], di
 
         def measure(quantize: str = quantize) -> dict[str, float]:
             own = child(sys.executable, Path(__file__), "--child", "--model", model, "--quantize", quantize)
-            return own | served_by_us(model, quantize)
+            return own if args.no_servers else own | served_by_us(model, quantize)
 
         parts[name] = measure
     if args.torch_python:
@@ -171,7 +171,7 @@ def systems(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], di
 
         def measure_llama(file: Path = file) -> dict[str, float]:
             own = child(args.llama_python, PEERS, "llama", str(file), str(vocabulary))
-            return own | served_by_llama(args.llama_python, str(file))
+            return own if args.no_servers else own | served_by_llama(args.llama_python, str(file))
 
         parts[f"llama.cpp {kind}"] = measure_llama
     return parts
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--llama-python")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--only", default="", help="systems whose name contains this")
+    parser.add_argument("--no-servers", action="store_true", help="leave out what goes through HTTP servers")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quantize", default="none", help=argparse.SUPPRESS)
     args = parser.parse_args()

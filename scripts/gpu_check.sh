@@ -18,12 +18,13 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH=.${PYTH
 run() { # NAME SECONDS COMMAND...: its output goes to NAME.txt too
   local name=$1 limit=$2 started=$SECONDS
   shift 2
-  timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+  # At an interrupt pytest says what it has found so far.
+  timeout -s INT -k 8 "$limit" "$@" 2>&1 | tee "$out/$name.txt"
   echo "== $name: status ${PIPESTATUS[0]}, $((SECONDS - started)) s"
 }
 
 tests() {
-  LLMOS_TEST_PLATFORM=cuda run tests 150 "$python" -m pytest -m gpu -n 8 -p no:benchmark -rfE --tb=short -p no:cacheprovider \
+  LLMOS_TEST_PLATFORM=cuda run tests 150 "$python" -m pytest -m gpu -n 12 -v -p no:benchmark -rfE --tb=short -p no:cacheprovider \
     $(grep -rl "mark.gpu" tests)
 }
 
