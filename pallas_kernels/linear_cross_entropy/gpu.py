@@ -144,6 +144,8 @@ def _statistics(options: Options, x, w, labels, exponentials: bool) -> _Rows:
     key: dict[str, Any] = {"D": x.shape[1], "V": vocab, "M": tokens, "dtype": x.dtype.name}
     name = "linear_cross_entropy.exponentials" if exponentials else "linear_cross_entropy.forward"
     block = blocks.pick(name, key | {"transposed": options.transposed}, found)
+    if dispatch.interpreted():
+        block = block._replace(cluster=1)  # the interpreter has no copies for several thread blocks
     known = gpu_logits.Options(options.transposed, options.softcap, vocab, exponentials, dispatch.interpreted())
     pad, missing = (0, -tokens % block.rows), (0, -vocab % gpu_logits.alignment(known, block))
     w = jnp.pad(w, (missing, (0, 0)) if options.transposed else ((0, 0), missing))

@@ -33,14 +33,17 @@ from pallas_kernels.attention.gpu_tiles import (
 )
 
 NUM_CORES = 132
-SHARED_BYTES = 226 * 1024  # of 227 KiB; the rest is barriers
+SCRATCH_BYTES = 1024  # for reductions; those along a row need none, and the default leaves no room for four stages
+SHARED_BYTES = 227 * 1024 - SCRATCH_BYTES - 2048  # the rest is labels and barriers
 
 
 class Blocks(NamedTuple):
     """Sizes of the kernel.
 
     columns: of a tile. step: features of a step. stages: steps in shared memory. cluster: thread blocks that share w.
-    group: clusters of rows that pass by a block of w before the next.
+    group: clusters of rows that pass by a block of w before the next. lead: steps that one computing warpgroup is ahead
+    of the other, so that the tensor cores are busy while it takes exponentials. store: columns of a tile of exponentials
+    in shared memory.
     """
 
     columns: int
@@ -48,6 +51,8 @@ class Blocks(NamedTuple):
     stages: int
     cluster: int
     group: int
+    lead: int
+    store: int
 
     @property
     def rows(self) -> int:
@@ -55,7 +60,7 @@ class Blocks(NamedTuple):
         return ROWS * self.cluster
 
     def shared_bytes(self, size: int, exponentials: bool) -> int:
-        return size * ((ROWS + self.columns) * self.step * self.stages + ROWS * self.columns * exponentials)
+        return size * ((ROWS + self.columns) * self.step * self.stages + ROWS * self.store * exponentials)
 
 
 class Options(NamedTuple):
@@ -78,13 +83,19 @@ class Statistics(NamedTuple):
 
 
 def candidates(num_rows: int, size: int, exponentials: bool) -> list[Blocks]:
-    """Blocks that fit shared memory, best first: pairs that share w, wide tiles, and as many stages as there is room."""
+    """Blocks that fit shared memory, best first: pairs that share w, wide tiles, and as many stages as there is room.
+
+    A step that a warpgroup is ahead is held in shared memory until the other has done it: three stages leave none.
+    """
     found = []
     for columns in (256, 128):
         for cluster in (2, 1) if num_rows > ROWS else (1,):
             for group in (16 // cluster, 32 // cluster, 8 // cluster):
-                sizes = (Blocks(columns, 128 // size, stages, cluster, group) for stages in (6, 5, 4, 3, 2))
-                found += [one for one in sizes if one.shared_bytes(size, exponentials) <= SHARED_BYTES][:2]
+                for store in (columns, columns // 2) if exponentials else (columns,):
+                    sizes = (Blocks(columns, 128 // size, n, cluster, group, 0, store) for n in (6, 5, 4, 3, 2))
+                    for one in [one for one in sizes if one.shared_bytes(size, exponentials) <= SHARED_BYTES][:2]:
+                        leads = (1, 2, 0) if one.stages >= 4 else (0, 1)
+                        found += [one._replace(lead=lead) for lead in leads]
     return found
 
 
@@ -101,11 +112,14 @@ def statistics(options: Options, block: Blocks, x: Array, w: Array, labels: Arra
         out_type=tuple(out_type),
         grid=(grid.programs,),
         grid_names=("program",),
-        cluster=(block.cluster,),
-        cluster_names=("peer",),
+        **({"cluster": (block.cluster,), "cluster_names": ("peer",)} if block.cluster > 1 else {}),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=SCRATCH_BYTES,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
         **({"interpret": _interpreter()} if options.interpret else {}),
     )
     results = kernel(x, w, labels)
@@ -140,17 +154,22 @@ class _Grid(NamedTuple):
         height = jnp.minimum(self.num_rows - group * self.block.group, self.block.group)
         return group * self.block.group + lax.rem(at, height), lax.div(at, height)
 
+    def first_row(self, cluster) -> Any:
+        """Of this thread block's, in a cluster of rows."""
+        return cluster * self.block.rows + (lax.axis_index("peer") * ROWS if self.block.cluster > 1 else 0)
+
 
 class _Shared(NamedTuple):
     """Shared memory of a thread block and its barriers."""
 
     x: Any  # [stages, ROWS, step]
     w: Any  # [stages, step, columns], or transposed
-    out: Any  # [ROWS, columns]
+    out: Any  # [ROWS, store]
     labels: Any  # [2, 64]
     here: Any
     used: Any
     labels_here: Any
+    ahead: Any
 
 
 def _enter(options: Options, grid: _Grid, x, w, labels, top, total, picked, *exponentials):
@@ -165,11 +184,12 @@ def _enter(options: Options, grid: _Grid, x, w, labels, top, total, picked, *exp
     shared = _Shared(
         x=tiles((block.stages, ROWS, block.step), x.dtype),
         w=tiles((block.stages, *of_w), w.dtype),
-        out=tiles((ROWS, block.columns), x.dtype) if exponentials else None,
+        out=tiles((ROWS, block.store), x.dtype) if exponentials else None,
         labels=plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
         here=plgpu.Barrier(num_arrivals=2, num_barriers=block.stages),
         used=used,
         labels_here=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        ahead=plgpu.Barrier(),
     )
     out = Statistics(top, total, picked, exponentials[0] if exponentials else None)
 
@@ -193,7 +213,7 @@ def _copy(options: Options, grid: _Grid, x, w, shared: _Shared):
         row, vocab = grid.place(program, lax.div(s, jnp.int32(grid.num_steps)))
         features = pl.ds(lax.rem(s, jnp.int32(grid.num_steps)) * block.step, block.step)
         columns = pl.ds(vocab * block.columns, block.columns)
-        rows = pl.ds((row * block.cluster + lax.axis_index("peer")) * ROWS, ROWS)
+        rows = pl.ds(grid.first_row(row), ROWS)
 
         @pl.when(s >= block.stages)
         def _await_place():
@@ -214,10 +234,9 @@ def _compute(options: Options, grid: _Grid, labels, out: Statistics, shared: _Sh
 
     def tile(i, _):
         row, vocab = grid.place(program, i)
-        start = (row * block.cluster + lax.axis_index("peer")) * ROWS + warpgroup * WARPGROUP_ROWS
-        rows = pl.ds(start, WARPGROUP_ROWS)
+        rows = pl.ds(grid.first_row(row) + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(labels.at[rows], shared.labels.at[warpgroup], shared.labels_here.at[warpgroup])
-        logits = _products(options, grid, i * grid.num_steps, shared, own)
+        logits = _products(options, grid, i * grid.num_steps, shared, warpgroup)
         plgpu.barrier_wait(shared.labels_here.at[warpgroup])
         label = load(shared.labels.at[warpgroup], 0, options.interpret)
         plgpu.commit_smem()  # the next tile's labels come when every warp has read these
@@ -234,18 +253,23 @@ def _compute(options: Options, grid: _Grid, labels, out: Statistics, shared: _Sh
         if out.exponentials is not None:
             if slope is not None:
                 exponentials = exponentials * slope
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last tile
-            shared.out[own] = exponentials.astype(shared.out.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared.out.at[own], out.exponentials.at[rows, pl.ds(before, block.columns)])
+            for at in range(0, block.columns, block.store):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was there before
+                part = exponentials[:, at : at + block.store]
+                shared.out[own] = part.astype(shared.out.dtype)
+                plgpu.commit_smem()
+                columns = pl.ds(before + at, block.store)
+                plgpu.copy_smem_to_gmem(shared.out.at[own], out.exponentials.at[rows, columns])
 
     lax.fori_loop(0, grid.count(program), tile, None)
     if out.exponentials is not None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _products(options: Options, grid: _Grid, first, shared: _Shared, own) -> Array:
+def _products(options: Options, grid: _Grid, first, shared: _Shared, warpgroup) -> Array:
     """x w of a warpgroup's rows and a tile's columns; `first` is the tile's first step among the program's."""
+    own = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    lead = min(grid.block.lead, grid.num_steps - 1)
 
     def slot(k):
         return lax.rem(first + k, jnp.int32(grid.block.stages))
@@ -276,8 +300,22 @@ def _products(options: Options, grid: _Grid, first, shared: _Shared, own) -> Arr
             plgpu.wgmma_wait(1)  # the step before is done; this one runs on while the next is awaited
             plgpu.barrier_arrive(shared.used.at[slot(k - 1)])
 
+        if lead:
+
+            @pl.when((first == 0) & (warpgroup == 1))
+            def _let_the_other_go_ahead():
+                plgpu.barrier_wait(shared.ahead)
+
         multiply(0)
-        lax.fori_loop(1, grid.num_steps, step, None)
+        for k in range(1, lead + 1):
+            step(k, None)
+        if lead:
+
+            @pl.when((first == 0) & (warpgroup == 0))
+            def _is_ahead():
+                plgpu.barrier_arrive(shared.ahead)
+
+        lax.fori_loop(lead + 1, grid.num_steps, step, None)
         total = acc[...]
         plgpu.barrier_arrive(shared.used.at[slot(grid.num_steps - 1)])
         return total
