@@ -33,6 +33,8 @@ from pallas_kernels.attention.gpu_tiles import (
 )
 
 NUM_CORES = 132
+REGISTERS = (232, 40)  # of a thread that computes, and one that copies and finds the places of tiles
+PIECE = 64  # columns whose exponentials are in registers beside a tile's logits
 SCRATCH_BYTES = 1024  # for reductions; those along a row need none, and the default leaves no room for four stages
 SHARED_BYTES = 227 * 1024 - SCRATCH_BYTES - 2048  # the rest is labels and barriers
 
@@ -197,6 +199,7 @@ def _enter(options: Options, grid: _Grid, x, w, labels, top, total, picked, *exp
         either_warpgroup(
             lambda warpgroup: _compute(options, grid, labels, out, shared, warpgroup),
             lambda: _copy(options, grid, x, w, shared),
+            REGISTERS,
         )
 
     pl.run_scoped(with_memory, shared, collective_axes="wg")
@@ -240,26 +243,33 @@ def _compute(options: Options, grid: _Grid, labels, out: Statistics, shared: _Sh
         plgpu.barrier_wait(shared.labels_here.at[warpgroup])
         label = load(shared.labels.at[warpgroup], 0, options.interpret)
         plgpu.commit_smem()  # the next tile's labels come when every warp has read these
-        x, slope = _capped(options, logits)
+        x = _capped(options, logits)
         index = lay(lax.broadcasted_iota(jnp.int32, x.shape, 1), LAYOUT, options.interpret)
         before = vocab * block.columns
         out.picked[vocab, rows] = jnp.sum(jnp.where(index == spread(label - before, x.shape), x, 0.0), axis=1)
         if options.vocab % block.columns:
             x = jnp.where(index < options.vocab - before, x, -jnp.inf)
         top = jnp.max(x, axis=1) * LOG2E
-        exponentials = jnp.exp2(x * LOG2E - spread(top, x.shape))
         out.top[vocab, rows] = top
-        out.total[vocab, rows] = jnp.sum(exponentials, axis=1)
-        if out.exponentials is not None:
-            if slope is not None:
-                exponentials = exponentials * slope
-            for at in range(0, block.columns, block.store):
+        if out.exponentials is None:
+            out.total[vocab, rows] = jnp.sum(jnp.exp2(x * LOG2E - spread(top, x.shape)), axis=1)
+            return
+        total = jnp.zeros_like(top)
+        for at in range(0, block.columns, PIECE):
+            piece = x[:, at : at + PIECE]
+            exponentials = jnp.exp2(piece * LOG2E - spread(top, piece.shape))
+            total += jnp.sum(exponentials, axis=1)
+            if options.softcap is not None:  # its derivative; nan past the vocabulary's end, which is cut off
+                exponentials *= 1.0 - piece * piece * (1.0 / options.softcap**2)
+            within = at % block.store
+            if within == 0:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of what was there before
-                part = exponentials[:, at : at + block.store]
-                shared.out[own] = part.astype(shared.out.dtype)
+            shared.out[own, pl.ds(within, PIECE)] = exponentials.astype(shared.out.dtype)
+            if within + PIECE == block.store:
                 plgpu.commit_smem()
-                columns = pl.ds(before + at, block.store)
+                columns = pl.ds(before + at + PIECE - block.store, block.store)
                 plgpu.copy_smem_to_gmem(shared.out.at[own], out.exponentials.at[rows, columns])
+        out.total[vocab, rows] = total
 
     lax.fori_loop(0, grid.count(program), tile, None)
     if out.exponentials is not None:
@@ -323,14 +333,13 @@ def _products(options: Options, grid: _Grid, first, shared: _Shared, warpgroup) 
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
 
-def _capped(options: Options, logits: Array) -> tuple[Array, Array | None]:
-    """Logits under the softcap, and its derivative."""
+def _capped(options: Options, logits: Array) -> Array:
+    """Logits under the softcap."""
     if options.softcap is None:
-        return logits, None
+        return logits
     # tanh y = 1 - 2 / (1 + e^2y): the tanh of the special function unit is off by up to 5e-4 of the softcap.
     root = lax.rsqrt(1.0 + jnp.exp2(logits * (2.0 * LOG2E / options.softcap)))
-    squashed = 1.0 - 2.0 * root * root
-    return squashed * options.softcap, 1.0 - squashed * squashed
+    return options.softcap - (2.0 * options.softcap) * (root * root)
 
 
 def _interpreter():
