@@ -171,12 +171,14 @@ def _chunk_gradients(options: Options, x, w, labels, weights):
     """((loss, nll), dx, dw) of some tokens; dw in float32."""
     rows = _statistics(options, x, w, labels, exponentials=True)
     d_logits = _d_logits(options, rows, labels, weights).astype(x.dtype)
-    dx = lax.dot_general(
-        d_logits, w, (((1,), (0 if options.transposed else 1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    pair = (d_logits, x) if options.transposed else (x, d_logits)
-    dw = lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    dx = _dot(d_logits, w, 1, 0 if options.transposed else 1)
+    dw = _dot(d_logits, x, 0, 0) if options.transposed else _dot(x, d_logits, 0, 0)
     return _sums(options, rows, weights), dx.astype(x.dtype), dw
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """a b in float32, summed over an axis of each."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _d_logits(options: Options, rows: _Rows, labels, weights) -> Array:
@@ -186,6 +188,7 @@ def _d_logits(options: Options, rows: _Rows, labels, weights) -> Array:
     """
     from pallas_kernels.attention.gpu_tiles import LOG2E
 
+    assert rows.exponentials is not None
     tokens, vocab = rows.exponentials.shape
     of_softmax = weights * (1.0 + 2.0 * options.z_loss * rows.lse)
     of_label = of_softmax * jnp.exp(rows.label_logit - rows.lse) - weights

@@ -76,12 +76,15 @@ class Options(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each block of the vocabulary and token, [blocks, M] in float32; exponentials are [M, blocks * columns]."""
+    """Of each block of the vocabulary and token, [blocks, M] in float32; exponentials are [M, blocks * columns].
 
-    top: Array  # the largest logit, in units of log 2
-    total: Array  # sum of exponentials relative to it
-    picked: Array  # the label's logit, or 0 where it is in another block
-    exponentials: Array | None  # relative to top, with softcap's derivative in them
+    References, in the kernel.
+    """
+
+    top: Any  # the largest logit, in units of log 2
+    total: Any  # sum of exponentials relative to it
+    picked: Any  # the label's logit, or 0 where it is in another block
+    exponentials: Any  # or None; relative to top, with softcap's derivative in them
 
 
 def candidates(num_rows: int, size: int, exponentials: bool) -> list[Blocks]:
@@ -109,12 +112,13 @@ def statistics(options: Options, block: Blocks, x: Array, w: Array, labels: Arra
     if options.exponentials:
         out_type.append(jax.ShapeDtypeStruct((num_rows, num_vocab * block.columns), x.dtype))
     grid = _Grid(block, num_rows // block.rows, num_vocab, x.shape[1] // block.step)
+    pairs: dict[str, Any] = {"cluster": (block.cluster,), "cluster_names": ("peer",)} if block.cluster > 1 else {}
     kernel = plgpu.kernel(
         functools.partial(_enter, options, grid),
         out_type=tuple(out_type),
         grid=(grid.programs,),
         grid_names=("program",),
-        **({"cluster": (block.cluster,), "cluster_names": ("peer",)} if block.cluster > 1 else {}),
+        **pairs,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -124,8 +128,8 @@ def statistics(options: Options, block: Blocks, x: Array, w: Array, labels: Arra
         ),
         **({"interpret": _interpreter()} if options.interpret else {}),
     )
-    results = kernel(x, w, labels)
-    return Statistics(*results[:3], results[3] if options.exponentials else None)
+    top, total, picked, *exponentials = kernel(x, w, labels)
+    return Statistics(top, total, picked, exponentials[0] if exponentials else None)
 
 
 def alignment(options: Options, block: Blocks) -> int:
@@ -177,6 +181,7 @@ class _Shared(NamedTuple):
 def _enter(options: Options, grid: _Grid, x, w, labels, top, total, picked, *exponentials):
     block = grid.block
     of_w = (block.columns, block.step) if options.transposed else (block.step, block.columns)
+    used: Any
     if block.cluster > 1:
         used = plgpu.ClusterBarrier(
             collective_axes=("peer",), num_arrivals=COMPUTE_WARPGROUPS, num_barriers=block.stages
@@ -209,7 +214,7 @@ def _copy(options: Options, grid: _Grid, x, w, shared: _Shared):
     """Steps of all of the program's tiles in the order of use, each as soon as its place is free."""
     block, program = grid.block, lax.axis_index("program")
     num_steps = grid.count(program) * grid.num_steps
-    multicast = {"collective_axes": "peer"} if block.cluster > 1 else {}
+    multicast: dict[str, Any] = {"collective_axes": "peer"} if block.cluster > 1 else {}
 
     def step(s, _):
         slot = lax.rem(s, jnp.int32(block.stages))
