@@ -278,18 +278,22 @@ def tiles(shape: tuple[int, ...], dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def either_warpgroup(compute: Callable[[Any], None], copy: Callable[[], None]) -> None:
+def either_warpgroup(
+    compute: Callable[[Any], None],
+    copy: Callable[[], None],
+    registers: tuple[int, int] = (COMPUTE_REGISTERS, MEMORY_REGISTERS),
+) -> None:
     """compute(index of the warpgroup) in the computing warpgroups, copy() in the other, each with its registers."""
     warpgroup = lax.axis_index("wg")
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         compute(warpgroup)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         copy()
 
 

@@ -4,11 +4,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_cross_entropy import reference, tpu, xla
+from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
 from pallas_kernels.partition import Dims, Layout
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.linear_cross_entropy, "tpu", tpu.refuse),
+    dispatch.Implementation(
+        "gpu", gpu.linear_cross_entropy, "gpu", gpu.refuse
+    ),
     dispatch.Implementation("xla", xla.linear_cross_entropy),
     dispatch.Implementation("reference", reference.linear_cross_entropy, refuse=reference.refuse),
 )
@@ -36,7 +39,8 @@ def linear_cross_entropy(
 
     "xla" takes tokens in chunks. Where gradients are wanted it computes them in the same pass, since the loss is a sum
     and its cotangent a scalar: three products in all. "tpu" takes blocks of tokens and vocabulary whose logits stay on
-    the chip, and computes them again for each gradient. "reference" holds all logits.
+    the chip, and computes them again for each gradient. "gpu" does that for the loss, and for gradients it takes chunks
+    as "xla" does, of exponentials in half precision. "reference" holds all logits.
 
     Args:
       x: final hidden states.
@@ -46,7 +50,7 @@ def linear_cross_entropy(
       z_loss: adds z_loss * logsumexp(logits) ** 2 (arXiv:2204.02311) to each token's loss.
       softcap: logits become softcap * tanh(logits / softcap).
       vocab_axis: inside `shard_map`, the mesh axis over which V is split; x is then the same on all of it.
-      implementation: "tpu", "xla" or "reference", or several in order of preference; None takes the best.
+      implementation: "tpu", "gpu", "xla" or "reference", or several in order of preference; None takes the best.
 
     Returns: (sum of weighted loss with the z term, sum of weighted negative log-likelihood), float32. Only the first
       carries a gradient.

@@ -1,6 +1,7 @@
 """The fused projection and loss against float64 numpy: values, both gradients, a split vocabulary, and its memory."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import linear_cross_entropy
-from pallas_kernels.linear_cross_entropy import reference, tpu, xla
+from pallas_kernels import blocks, dispatch, linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
 
 
 class Case(NamedTuple):
@@ -181,12 +182,157 @@ def test_the_tpu_kernels_never_hold_the_logits(monkeypatch):
     assert max(sizes(made.jaxpr)) < tokens * vocab
 
 
+on_gpu = functools.partial(linear_cross_entropy, implementation="gpu")
+
+
+def in_half(case: Case, dtype=jnp.bfloat16):
+    """Arrays whose logits are of the size of one or two, whatever D; labels of weight 0 are no labels."""
+    x, w, labels, weights = case.arrays()
+    x = jnp.asarray(x * (2 / case.features**0.5), dtype)
+    return x, jnp.asarray(w, dtype), np.where(weights == 0, -100, labels).astype(np.int32), weights
+
+
+def expected_in_half(case: Case, arrays):
+    x, w, labels, weights = arrays
+    return expected(case, (x, w, np.where(weights == 0, 0, labels), weights))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hopper_kernel_equals_numpy_where_no_block_divides(transposed, monkeypatch):
+    """Two cores take three blocks of the vocabulary, of two blocks of rows, or of two chunks of tokens."""
+    kernel = pytest.importorskip("pallas_kernels.linear_cross_entropy.gpu_logits", exc_type=ImportError)
+    block = kernel.Blocks(columns=128, step=64, stages=3, cluster=1, group=1, lead=1, store=64)
+    monkeypatch.setattr(kernel, "candidates", lambda *args: [block])
+    monkeypatch.setattr(kernel, "NUM_CORES", 2)
+    if transposed:
+        monkeypatch.setattr(gpu, "_chunk", lambda *args: 100)
+    case = Case(150, 128, 300, transposed, z_loss=0.1, softcap=2.0 if transposed else None)
+    arrays = in_half(case)
+    want = expected_in_half(case, arrays)
+    got = differentiate((*case.options().items(),), *arrays, on_gpu)
+    compare(got[:2], want[:2])
+    compare([np.asarray(a, np.float64) for a in got], want, tolerance=5e-3)
+    if not transposed:
+        compare(jax.jit(functools.partial(on_gpu, **case.options()))(*arrays), want[:2])
+
+
+def plain_statistics(options, block, x, w, labels):
+    """What the Hopper kernel leaves, by jnp."""
+    logits = jnp.dot(x, w.T if options.transposed else w, preferred_element_type=jnp.float32)
+    slope = jnp.ones_like(logits)
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+        slope = 1 - (logits / options.softcap) ** 2
+    index = jnp.arange(logits.shape[1])
+    tiles = jnp.where(index < options.vocab, logits, -jnp.inf).reshape(len(x), -1, block.columns)
+    top = jnp.max(tiles, axis=2, keepdims=True)
+    exponentials = jnp.exp(tiles - top)
+    picked = jnp.where(index == labels[:, None], logits, 0.0).reshape(tiles.shape)
+    rows = (top[..., 0] / np.log(2), jnp.sum(exponentials, axis=2), jnp.sum(picked, axis=2))
+    written = (exponentials.reshape(logits.shape) * slope).astype(x.dtype) if options.exponentials else None
+    return (*(a.T for a in rows), written)
+
+
+def by_plain_statistics(monkeypatch):
+    kernel = pytest.importorskip("pallas_kernels.linear_cross_entropy.gpu_logits", exc_type=ImportError)
+
+    def run(*args):
+        return kernel.Statistics(*plain_statistics(*args))
+
+    monkeypatch.setattr(kernel, "statistics", run)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 64, 8, z_loss=0.1),
+        Case(700, 64, 1000, softcap=3.0),
+        Case(600, 64, 300, transposed=True, z_loss=0.1, softcap=2.0),
+        Case(512, 64, 512, transposed=True),
+    ],
+)
+@pytest.mark.parametrize("elements", [2**8, 2**28])
+def test_what_is_made_of_the_hopper_kernels_statistics_equals_numpy(case, elements, monkeypatch):
+    by_plain_statistics(monkeypatch)
+    monkeypatch.setattr(gpu, "CHUNKS", (gpu.Chunk(elements),))
+    arrays = in_half(case)
+    run = jax.jit(functools.partial(differentiate.__wrapped__, (*case.options().items(),), function=on_gpu))
+    want = expected_in_half(case, arrays)
+    compare([np.asarray(a, np.float64) for a in run(*arrays)], want, tolerance=5e-3)
+    compare(jax.jit(functools.partial(on_gpu, **case.options()))(*arrays), want[:2])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("eight_devices")
+def test_statistics_of_a_split_vocabulary_are_joined(transposed, monkeypatch):
+    by_plain_statistics(monkeypatch)
+    case = Case(30, 64, 400, transposed, z_loss=0.1, softcap=2.0)
+    arrays = in_half(case)
+    run = sharded_loss(case, 2, "gpu")
+
+    @jax.jit
+    def both(x, w):
+        (loss, nll), pull = jax.vjp(lambda x, w: run(x, w, *arrays[2:]), x, w)
+        return loss, nll, *pull((2.5 * jnp.ones(()), jnp.zeros(())))
+
+    loss, nll, dx, dw = (np.asarray(a, np.float64) for a in both(*arrays[:2]))
+    compare((loss, nll, dx / 2.5, dw / 2.5), expected_in_half(case, arrays), tolerance=5e-3)
+
+
+def test_chunks_of_tokens_are_even_and_of_whole_blocks():
+    assert gpu._chunk(gpu.Chunk(2**26), 8192, 32000) == 2048
+    assert gpu._chunk(gpu.Chunk(2**26), 8200, 32000) == 1792  # five of 1640
+    assert gpu._chunk(gpu.Chunk(2**26), 1000, 32000) == 1000
+    assert gpu._chunk(gpu.Chunk(2**10), 1000, 32000) == 256
+
+
+@pytest.mark.parametrize("exponentials", [False, True])
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_all_hopper_blocks_fit(rows, exponentials):
+    kernel = pytest.importorskip("pallas_kernels.linear_cross_entropy.gpu_logits", exc_type=ImportError)
+    found = kernel.candidates(rows, 2, exponentials)
+    assert len(found) == len(set(found)) > 1
+    for block in found:
+        assert block.shared_bytes(2, exponentials) <= kernel.SHARED_BYTES
+        assert block.columns % block.store == 0 == block.store % kernel.PIECE
+        assert block.lead < block.stages
+
+
+@pytest.mark.parametrize("rows, vocab, group, cluster", [(5, 7, 2, 2), (1, 3, 8, 1), (40, 11, 16, 1)])
+def test_the_programs_of_the_hopper_kernel_have_every_tile_once(rows, vocab, group, cluster):
+    kernel = pytest.importorskip("pallas_kernels.linear_cross_entropy.gpu_logits", exc_type=ImportError)
+    block = kernel.Blocks(columns=256, step=64, stages=4, cluster=cluster, group=group, lead=1, store=256)
+    grid = kernel._Grid(block, rows, vocab, 1)
+    counts = [int(grid.count(program)) for program in range(grid.programs)]
+    places = [tuple(map(int, grid.place(p, i))) for p, count in enumerate(counts) for i in range(count)]
+    assert sorted(places) == [(row, column) for row in range(rows) for column in range(vocab)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_an_implementation_that_cannot_run_says_why():
     arrays = [jnp.asarray(a) for a in Case().arrays()]
     with pytest.raises(ValueError, match="takes the whole vocabulary, not a part of it"):
         linear_cross_entropy(*arrays, vocab_axis="tensor", implementation="reference")
     with pytest.raises(ValueError, match="multiplies bfloat16 and float32, both alike, not float32 and bfloat16"):
         linear_cross_entropy(arrays[0], jnp.asarray(arrays[1], jnp.bfloat16), *arrays[2:], implementation="tpu")
+
+
+@pytest.mark.parametrize(
+    "x, w, kind, why",
+    [
+        ((8, 64, "bfloat16"), (64, 16, "bfloat16"), "NVIDIA A100-SXM4-80GB", "A100.* has no wgmma"),
+        ((8, 64, "float32"), (64, 16, "float32"), "NVIDIA H200", "both alike, not float32"),
+        ((8, 64, "bfloat16"), (64, 16, "float16"), "NVIDIA H200", "both alike, not bfloat16 and float16"),
+        ((8, 72, "bfloat16"), (72, 16, "bfloat16"), "NVIDIA H200", "D=72 is not a multiple of 64"),
+        ((0, 64, "bfloat16"), (64, 16, "bfloat16"), "NVIDIA H200", "is empty"),
+        ((8, 64, "float16"), (64, 17, "float16"), "NVIDIA H100 80GB HBM3", None),
+    ],
+)
+def test_what_the_hopper_kernel_does_not_take_it_says(x, w, kind, why, monkeypatch):
+    monkeypatch.setattr(gpu, "_missing", lambda: None)
+    arguments = {"x": jax.ShapeDtypeStruct(x[:2], x[2]), "w": jax.ShapeDtypeStruct(w[:2], w[2])}
+    reason = gpu.refuse(dispatch.Chip("gpu", kind), arguments)
+    assert reason is None if why is None else re.search(why, reason)
 
 
 def sharded_loss(case: Case, parts: int, implementation: str | None = None):
@@ -266,3 +412,48 @@ def test_on_a_gpu_in_bfloat16():
     arrays = jnp.asarray(x / 8, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), labels, weights
     got = differentiate((("z_loss", 0.001),), *arrays)
     compare([np.asarray(a, np.float64) for a in got], expected(case, arrays), tolerance=2e-2)
+
+
+HALF_CASES = {
+    "rows": Case(1000, 512, 5000, z_loss=1e-3),
+    "transposed": Case(1000, 512, 5000, transposed=True, softcap=3.0),
+    "whole": Case(1024, 2048, 32000),
+    "whole transposed": Case(1000, 2048, 32000, transposed=True, z_loss=1e-3, softcap=30.0),
+    "odd": Case(77, 64, 1001, z_loss=1e-3),
+    "chunks": Case(5000, 128, 32000, softcap=30.0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", HALF_CASES.values(), ids=HALF_CASES)
+def test_hopper_kernel_on_a_gpu(case, dtype):
+    arrays = in_half(case, dtype)
+    want = expected_in_half(case, arrays)
+    compare(jax.jit(functools.partial(on_gpu, **case.options()))(*arrays), want[:2], tolerance=1e-5)
+    got = jax.jit(functools.partial(differentiate.__wrapped__, (*case.options().items(),), function=on_gpu))(*arrays)
+    compare([np.asarray(a, np.float64) for a in got], want, tolerance=5e-3)
+
+
+HALF_BLOCKS = [  # columns, step, stages, cluster, group, lead, store
+    (256, 64, 4, 1, 16, 1, 256),
+    (256, 64, 4, 2, 16, 2, 256),
+    (128, 64, 6, 2, 4, 0, 128),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", HALF_BLOCKS)
+def test_hopper_kernel_on_a_gpu_in_other_blocks(sizes):
+    """And the exponentials in two pieces, of four stages."""
+    kernel = pytest.importorskip("pallas_kernels.linear_cross_entropy.gpu_logits", exc_type=ImportError)
+    block = kernel.Blocks(*sizes)
+    written = block._replace(store=128, lead=1) if block.columns == 256 else block._replace(stages=5)
+    chosen = {"linear_cross_entropy.forward": block, "linear_cross_entropy.exponentials": written}
+    case = Case(1500, 512, 5000, z_loss=1e-3)
+    arrays = in_half(case)
+    want = expected_in_half(case, arrays)
+    with blocks.forced({name: sizes._asdict() for name, sizes in chosen.items()}):
+        compare(jax.jit(functools.partial(on_gpu, **case.options()))(*arrays), want[:2], tolerance=1e-5)
+        run = jax.jit(functools.partial(differentiate.__wrapped__, (*case.options().items(),), function=on_gpu))
+        compare([np.asarray(a, np.float64) for a in run(*arrays)], want, tolerance=5e-3)
