@@ -7,7 +7,8 @@ the cycles per 1,000 units. Stalls on copies from memory are not in it. jax's ke
 are compiled at several block sizes; --all shows each, otherwise only the best. Needs `pip install "jax[tpu]"`.
 
 Grouped products are counted over a whole call, with all that a step of their grids takes: for one group of all rows
-(cycles/1k), and for 64 groups as random routing leaves them (routed/1k).
+(cycles/1k), and for 64 groups as random routing leaves them (routed/1k). Causal attention is counted over all blocks of
+a head, each as what it takes: a body with a mask, or one without where the kernel has one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pallas_kernels.schedule import CompileError, KernelSchedule, Outcome, compi
 # Nominal products of two numbers that one slot of the matrix units starts; only to compare kernels on the same chip.
 SLOT_PRODUCTS = {"v5e": 2 * 128**2, "v5p": 2 * 128**2, "v6e": 2 * 256**2, "tpu7x": 2 * 256**2}
 HEAD_DIM, GROUP = 128, 4
+LONG = 16384  # tokens of the causal comparisons
 MOE = {"rows": 16384, "inner": 2048, "columns": 1536, "groups": 64}
 Blocks = Mapping[str, int]
 
@@ -66,7 +68,7 @@ class Row(NamedTuple):
 # What jax ships, as a builder for `compile_apart` each. Imports stand inside: not every jax has every one of them.
 
 
-def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = False, **blocks: int):
+def splash(direction: str, length: int = 8192, causal: bool = False, fused: bool = False, **blocks: int):
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu import splash_attention as ops
@@ -76,7 +78,8 @@ def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = 
     backward = {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": compute}
     dq = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
     sizes = ops.BlockSizes(**forward, **backward, **dq, use_fused_bwd_kernel=fused)
-    mask = ops.MultiHeadMask([ops.FullMask((queries, keys)) for _ in range(GROUP)])
+    of_head = ops.CausalMask if causal else ops.FullMask
+    mask = ops.MultiHeadMask([of_head((length, length)) for _ in range(GROUP)])
     kernel = ops.make_splash_mqa_single_device(mask, block_sizes=sizes)
 
     def run(q, k, v):
@@ -84,8 +87,8 @@ def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = 
             return kernel(q, k, v)
         return jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
-    key = jax.ShapeDtypeStruct((keys, HEAD_DIM), jnp.bfloat16)
-    return run, (jax.ShapeDtypeStruct((GROUP, queries, HEAD_DIM), jnp.bfloat16), key, key)
+    key = jax.ShapeDtypeStruct((length, HEAD_DIM), jnp.bfloat16)
+    return run, (jax.ShapeDtypeStruct((GROUP, length, HEAD_DIM), jnp.bfloat16), key, key)
 
 
 def megablox(form: str, m: int, k: int, n: int):
@@ -160,20 +163,21 @@ def _jax(name: str, options: list[dict[str, Any]], work: Callable[[str, Blocks],
     return Side(f"jax {name}", f"{__file__}:{name}", options, work)
 
 
-def _splash_blocks(direction: str) -> list[dict[str, Any]]:
+def _splash_blocks(direction: str, **options: Any) -> list[dict[str, Any]]:
     sizes = [(512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024)]  # larger ones spill and take minutes to compile
-    ways = [False] if direction == "forward" else [False, True]
+    if options:
+        sizes[0] = (512, 512, 512)
+        sizes.append((1024, 2048, 1024))
+    ways = [False] if direction == "forward" else [True] if options else [False, True]  # fused saves two of 7 products
     return [
-        {"direction": direction, "q": q, "kv": kv, "compute": compute, "fused": fused}
+        {"direction": direction, "q": q, "kv": kv, "compute": compute, "fused": fused, **options}
         for q, kv, compute in sizes
         for fused in ways
     ]
 
 
 def _of_pairs(kernel: str, blocks: Blocks) -> float | None:
-    """Pairs of a splash kernel's step; of our attention kernels' body."""
-    if "compute" in blocks:
-        return blocks["q"] * (blocks["kv"] if "dq" in kernel else blocks["compute"])
+    """Pairs of a splash kernel's step, whose parts of compute keys are unrolled; of our attention kernels' body."""
     return blocks["q"] * blocks["kv"] if "q" in blocks and "kv" in blocks else None
 
 
@@ -185,6 +189,24 @@ def _grouped(kernel: KernelSchedule, blocks: Blocks, form: str) -> tuple[float, 
     routings = [MOE["rows"]], trips.routed(MOE["rows"], MOE["groups"])
     whole, routed = (1000 * trips.cycles(kernel, blocks, sizes, shape) / products for sizes in routings)
     return whole, routed
+
+
+def _causal(kernel: KernelSchedule, blocks: Blocks, length: int) -> float:
+    """Bundles of a head's causal attention for 1,000 pairs that its mask leaves."""
+    q, kv = blocks["q"], blocks["kv"]
+    grid = kernel.loops[0]
+    bodies = [(region, above) for region, above in trips.walk(grid) if region.slots["MXU"]]
+    most = max(region.slots["MXU"] for region, _ in bodies)
+    bodies = [(region, above) for region, above in bodies if 2 * region.slots["MXU"] > most]
+    loops = [next((at for at, r in enumerate(above) if at and r.kind == "loop"), len(above)) for _, above in bodies]
+    costs = [(*above, region)[at].bundles for (region, above), at in zip(bodies, loops, strict=True)]
+    around = {id(r): r.own for (_, above), at in zip(bodies, loops, strict=True) for r in above[:at]}
+    seen = [(i, j) for i in range(length // q) for j in range(length // kv) if (i + 1) * q > j * kv]
+    full = sum(i * q >= (j + 1) * kv - 1 for i, j in seen)
+    ours = "compute" not in blocks  # its grid has a step for each block of keys or queries, and loops over the others
+    steps = (length // kv if "q_held" in blocks else length // q) if ours else len(seen)
+    total = full * min(costs) + (len(seen) - full) * max(costs) + steps * sum(around.values())
+    return 1000 * total / (length * (length + 1) / 2)
 
 
 def _of_pages(kernel: str, blocks: Blocks) -> float | None:
@@ -216,6 +238,17 @@ COMPARISONS: dict[str, Comparison] = {
             _jax("splash", _splash_blocks("backward"), _of_pairs),
         ],
     ),
+    **{
+        f"attention.{direction}_causal_16k": Comparison(
+            "pairs",
+            products * HEAD_DIM,
+            [
+                _ours("attention", _of_pairs, direction=direction, queries=LONG, keys=LONG),
+                _jax("splash", _splash_blocks(direction, length=LONG, causal=True), _of_pairs),
+            ],
+        )
+        for direction, products in (("forward", 2), ("backward", 5))
+    },
     "ragged_dot.forward": Comparison(
         "products",
         1,
@@ -255,7 +288,7 @@ COMPARISONS: dict[str, Comparison] = {
 def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: Outcome) -> Iterator[Row]:
     """A row for each kernel; the blocks of ours are those that it asked for, in the order of the kernels."""
     for at, kernel in enumerate(outcome.kernels):
-        if op.endswith("backward") and ("fwd" in kernel.name or "forward" in kernel.name):
+        if "backward" in op and ("fwd" in kernel.name or "forward" in kernel.name):
             continue  # for what the gradients need of it
         chosen = _blocks(kernel, at, options, outcome)
         unit = COMPARISONS[op].products * _part(op, kernel.name, options)
@@ -264,6 +297,8 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
         hot = kernel.hot
         cycles = hot.own + sum(region.bundles for region in hot.inside if region.total("MXU"))
         per_1000, routed = 1000 * cycles / max(units, 1e-9), math.nan
+        if op.endswith("16k"):
+            per_1000 = _causal(kernel, chosen, LONG)
         if op in ROUTED:
             per_1000, routed = _grouped(kernel, chosen, options.get("form", ""))
         yield Row(
@@ -284,7 +319,7 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
 
 def _part(op: str, kernel: str, options: Mapping[str, Any]) -> float:
     """Products of a kernel over those of its operation: two kernels of a backward pass both compute the scores."""
-    if op != "attention.backward" or options.get("fused"):
+    if not op.startswith("attention.backward") or options.get("fused"):
         return 1
     return 3 / 5 if "dq" in kernel else 4 / 5 if "dkv" in kernel else 1
 

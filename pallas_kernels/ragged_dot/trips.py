@@ -45,7 +45,7 @@ def cycles(kernel: KernelSchedule, block: Mapping[str, int], sizes: Sequence[int
     that are loaded whole, or of the result's rows, and columns of the result.
     """
     grid = kernel.loops[0]
-    bodies = [(region, above) for region, above in _walk(grid) if region.slots["MXU"]]
+    bodies = [(region, above) for region, above in walk(grid) if region.slots["MXU"]]
     chunk_loops = {id(above[-1]): above[-1] for _, above in bodies if above[-1:] and above[-1] is not grid}
     chunk_loops = {key: region for key, region in chunk_loops.items() if region.kind == "loop"}
     around = {id(region): region for _, above in bodies for region in above if id(region) not in chunk_loops}
@@ -84,7 +84,8 @@ def _unit(chunk: int, costs: Sequence[int]) -> int:
     return chunk if len(costs) == 2 else 128 if costs[1] > 3 * costs[3] else 256
 
 
-def _walk(region: Region, above: tuple[Region, ...] = ()) -> Iterator[tuple[Region, tuple[Region, ...]]]:
+def walk(region: Region, above: tuple[Region, ...] = ()) -> Iterator[tuple[Region, tuple[Region, ...]]]:
+    """This region and all inside it, each with those around it, outermost first."""
     yield region, above
     for inner in region.inside:
-        yield from _walk(inner, (*above, region))
+        yield from walk(inner, (*above, region))
