@@ -194,18 +194,12 @@ def _grouped(kernel: KernelSchedule, blocks: Blocks, form: str) -> tuple[float, 
 def _causal(kernel: KernelSchedule, blocks: Blocks, length: int) -> float:
     """Bundles of a head's causal attention for 1,000 pairs that its mask leaves."""
     q, kv = blocks["q"], blocks["kv"]
-    grid = kernel.loops[0]
-    bodies = [(region, above) for region, above in trips.walk(grid) if region.slots["MXU"]]
-    most = max(region.slots["MXU"] for region, _ in bodies)
-    bodies = [(region, above) for region, above in bodies if 2 * region.slots["MXU"] > most]
-    loops = [next((at for at, r in enumerate(above) if at and r.kind == "loop"), len(above)) for _, above in bodies]
-    costs = [(*above, region)[at].bundles for (region, above), at in zip(bodies, loops, strict=True)]
-    around = {id(r): r.own for (_, above), at in zip(bodies, loops, strict=True) for r in above[:at]}
+    costs, around = trips.bodies(kernel)
     seen = [(i, j) for i in range(length // q) for j in range(length // kv) if (i + 1) * q > j * kv]
     full = sum(i * q >= (j + 1) * kv - 1 for i, j in seen)
     ours = "compute" not in blocks  # its grid has a step for each block of keys or queries, and loops over the others
     steps = (length // kv if "q_held" in blocks else length // q) if ours else len(seen)
-    total = full * min(costs) + (len(seen) - full) * max(costs) + steps * sum(around.values())
+    total = full * min(costs) + (len(seen) - full) * max(costs) + steps * sum(region.own for region in around)
     return 1000 * total / (length * (length + 1) / 2)
 
 

@@ -137,9 +137,15 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
 
     def multiply(chunk, _):
         start = first + chunk * block.chunk
-        for size, smaller in _bodies(block.chunk):
-            fits = (high - start > smaller) & ((high - start <= size) | (size == block.chunk))
-            pl.when(fits)(functools.partial(multiply_rows, start, size))
+        *parts, (_, most) = _bodies(block.chunk)
+        whole = high - start > most
+        pl.when(whole)(functools.partial(multiply_rows, start, block.chunk))
+
+        @pl.when(~whole)  # as one branch, so that whole chunks do not pass by those of all the others
+        def _multiply_the_rest():
+            for size, smaller in parts:
+                fits = (high - start > smaller) & (high - start <= size)
+                pl.when(fits)(functools.partial(multiply_rows, start, size))
 
     def multiply_rows(start, size):
         at = pl.multiple_of(jnp.minimum(start, block.tile - size), ALIGNMENT)
@@ -151,9 +157,8 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
 
     first = low // ALIGNMENT * ALIGNMENT
 
-    @pl.when(t.group[i] < num_groups)
-    def _multiply():
-        lax.fori_loop(0, pl.cdiv(high - first, block.chunk), multiply, None)
+    of_group = jnp.where(t.group[i] < num_groups, high - first, 0)
+    lax.fori_loop(0, pl.cdiv(of_group, block.chunk), multiply, None)
 
     @pl.when(t.group[i] == num_groups)
     def _past_the_last_group():

@@ -44,31 +44,26 @@ def cycles(kernel: KernelSchedule, block: Mapping[str, int], sizes: Sequence[int
     block: "m", "k", "n" of megablox, or the fields of tpu.RowBlocks or tpu.WeightBlocks. shape: features of the rows
     that are loaded whole, or of the result's rows, and columns of the result.
     """
-    grid = kernel.loops[0]
-    bodies = [(region, above) for region, above in walk(grid) if region.slots["MXU"]]
-    chunk_loops = {id(above[-1]): above[-1] for _, above in bodies if above[-1:] and above[-1] is not grid}
-    chunk_loops = {key: region for key, region in chunk_loops.items() if region.kind == "loop"}
-    around = {id(region): region for _, above in bodies for region in above if id(region) not in chunk_loops}
-    of_visit = sum(region.own for region in around.values())
-    in_loop = max((region.own for region in chunk_loops.values()), default=0)
-    costs = [region.bundles for region, _ in bodies]
-    rest = [region.bundles for above in around.values() for region in above.inside if not region.total("MXU")]
+    costs, around = bodies(kernel)
+    of_visit = sum(region.own for region in around)
+    rest = [region.bundles for above in around for region in above.inside if not region.total("MXU")]
     sums = "features" in block or "tgmm" in kernel.name
     of_group = sum(rest if "m" in block else rest[-1:]) if sums else 0  # ours clears the sums of empty groups alone
     tile = block.get("tile", block.get("m", 0))
     total = 0.0
     for visit in visits(sizes, tile):
         runs = [costs[0]] if "m" in block else _runs(visit, block["chunk"], costs, sums)
-        total += of_visit + sum(runs) + in_loop * len(runs)
+        total += of_visit + sum(runs)
     total += of_group * len(sizes)
     height = block.get("features", block.get("k", shape[0])) if sums else shape[0]
     return total * math.ceil(shape[0] / height) * math.ceil(shape[1] / block.get("columns", block.get("n", 0)))
 
 
 def _runs(visit: Visit, chunk: int, costs: Sequence[int], sums: bool) -> list[int]:
-    """Bundles of each body that runs in a visit of ours; costs are in the order of the program."""
+    """What each body takes that runs in a visit of ours; costs are in the order of the program."""
     left = visit.high - visit.low // ALIGNMENT * ALIGNMENT
-    if not sums:  # quarters of a chunk, the smallest first
+    if not sums:  # a body for each quarter of a chunk
+        costs = sorted(costs)
         return [costs[-1]] * ((left - 1) // chunk) + [costs[math.ceil(((left - 1) % chunk + 1) / chunk * 4) - 1]]
     unit = _unit(chunk, costs)
     whole = (left + unit - 1) // chunk
@@ -84,8 +79,23 @@ def _unit(chunk: int, costs: Sequence[int]) -> int:
     return chunk if len(costs) == 2 else 128 if costs[1] > 3 * costs[3] else 256
 
 
-def walk(region: Region, above: tuple[Region, ...] = ()) -> Iterator[tuple[Region, tuple[Region, ...]]]:
-    """This region and all inside it, each with those around it, outermost first."""
+def bodies(kernel: KernelSchedule) -> tuple[list[int], list[Region]]:
+    """What a run of each body takes (those with products, in the order of the program), and the regions around them.
+
+    A body in a loop of its own inside a step of the grid takes its share of that loop too; what is around them runs
+    once a step.
+    """
+    costs: list[int] = []
+    around: dict[tuple[str, int, int], Region] = {}
+    for region, above in _walk(kernel.loops[0]):
+        if region.slots["MXU"]:
+            inner = next((at for at, outer in enumerate(above) if at and outer.kind == "loop"), len(above))
+            costs.append(region.bundles + sum(outer.own for outer in above[inner:]))
+            around.update((outer[:3], outer) for outer in above[:inner])
+    return costs, list(around.values())
+
+
+def _walk(region: Region, above: tuple[Region, ...] = ()) -> Iterator[tuple[Region, tuple[Region, ...]]]:
     yield region, above
     for inner in region.inside:
-        yield from walk(inner, (*above, region))
+        yield from _walk(inner, (*above, region))
