@@ -137,7 +137,7 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
 
     def multiply(chunk, _):
         start = first + chunk * block.chunk
-        *parts, (_, most) = _bodies(block.chunk)
+        *parts, (_, most) = _bodies(block.chunk, x.dtype)
         whole = high - start > most
         pl.when(whole)(functools.partial(multiply_rows, start, block.chunk))
 
@@ -166,9 +166,9 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
         out[...] = jnp.where(row >= low, 0.0, out[...].astype(jnp.float32)).astype(out.dtype)
 
 
-def _bodies(chunk: int) -> list[tuple[int, int]]:
-    """Rows of each body and of the next smaller one."""
-    step = _up(pl.cdiv(chunk, BODIES), ALIGNMENT)
+def _bodies(chunk: int, dtype) -> list[tuple[int, int]]:
+    """Rows of each body and of the next smaller one; float32, whose products are six times as long, has one body."""
+    step = chunk if dtype == jnp.float32 else _up(pl.cdiv(chunk, BODIES), ALIGNMENT)
     sizes = sorted({min(step * part, chunk) for part in range(1, BODIES + 1)})
     return list(zip(sizes, [0, *sizes[:-1]], strict=True))
 
@@ -179,12 +179,12 @@ def row_candidates(num_rows, inner, columns, num_groups, dtype, w_dtype) -> list
     found: dict[RowBlocks, float] = {}
     for tile in _sizes((1024, 512, 256, 128), _up(num_rows, ALIGNMENT)):
         for width in _sizes((4096, 2048, 1024, 768, 512, 256, 128), columns):
-            for chunk in _sizes((512, 256, 128), tile):
+            for chunk in _sizes((512, 256, 128)[size // 4 :], tile):
                 used = 2 * (tile * inner * size + inner * width * w_size + tile * width * size) + chunk * width * 4
                 used += inner * width * size if w_size < size else 0
                 num_blocks = pl.cdiv(columns, width)
                 moved = num_blocks * num_rows * inner * size + num_groups * inner * columns * w_size
-                step = _bodies(chunk)[0][0]
+                step = _bodies(chunk, dtype)[0][0]
                 products = _rows_multiplied(num_rows, num_groups, tile, chunk, step) * inner * columns
                 steps = num_blocks * (num_rows // tile + num_groups)
                 if used <= _vmem_limit() * VMEM_SHARE:
@@ -275,7 +275,7 @@ def weight_candidates(num_rows, features, columns, num_groups, dtype) -> list[We
     for tile in _sizes((1024, 512, 256, 128), _up(num_rows, ALIGNMENT)):
         for height in _sizes((2048, 1024, 512, 256, 128), features):
             for width in _sizes((2048, 1024, 512, 256, 128), columns):
-                for chunk in _sizes((512, _summed_at_once()), tile):
+                for chunk in _sizes((512, _summed_at_once())[size // 4 :], tile):
                     used = 2 * (tile * (height + width) + height * width) * size + 2 * height * width * 4
                     across, down = pl.cdiv(columns, width), pl.cdiv(features, height)
                     moved = (num_rows * (across * features + down * columns) + num_groups * features * columns) * size
