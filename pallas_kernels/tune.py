@@ -26,6 +26,14 @@ from pallas_kernels.targets import GPUS, TPUS
 LIMIT = 12  # candidates of a kernel
 WORTH = 0.03  # a static gain below this share is noise: the model's choice stays
 Sizes = Mapping[str, int]
+# Sizes of a TPU kernel whose product is what one run of its hot loop does.
+HOT = {
+    "attention.forward": ("q", "kv"),
+    "attention.backward": ("q", "kv"),
+    "ragged_dot.forward": ("chunk", "columns"),
+    "ragged_dot.transposed": ("chunk", "columns"),
+    "ragged_dot.weights": ("chunk", "features", "columns"),
+}
 
 
 class Trial(NamedTuple):
@@ -100,15 +108,18 @@ def _distinct(asked: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict
             yield one["kernel"], one["key"], one["candidates"]
 
 
-def static_cost(kernel: KernelSchedule) -> float:
-    """Cycles of the hot loop for a fixed amount of work: bundles per slot of the MXU that it uses.
+def static_cost(kernel: KernelSchedule, name: str = "", sizes: Sizes | None = None) -> float:
+    """Cycles of the hot loop for a fixed amount of work: of what its sizes say it does, see HOT.
 
-    Kernels whose loops all have constant bounds count in full. The two are not comparable, but a kernel is of one
-    kind or the other whatever its blocks.
+    Where they do not say it, bundles per slot of the MXU count; that is nominal, since one product may be scheduled in
+    more slots than another. Kernels whose loops all have constant bounds count in full. These are not comparable, but
+    a kernel is of one kind whatever its blocks.
     """
     if all(loop.trips is not None for loop in kernel.loops):
         return float(kernel.cycles())
     hot = kernel.hot
+    if name in HOT and sizes is not None:
+        return hot.bundles / math.prod(sizes[field] for field in HOT[name])
     return hot.bundles / max(1, hot.total("MXU"))
 
 
@@ -130,7 +141,7 @@ def by_schedule(target: str, options: Mapping[str, Any], python: str, timeout: f
     def evaluate(forced: Mapping[str, Sizes], kernel: str) -> tuple[float, str]:
         kernels = named(compiled(forced).kernels, kernel)
         spills = sum(one.spills for one in kernels)
-        return sum(map(static_cost, kernels)), f"{spills} spills"
+        return sum(static_cost(one, kernel, forced.get(kernel)) for one in kernels), f"{spills} spills"
 
     return compiled({}), evaluate
 

@@ -5,6 +5,10 @@
 For each kernel: bundles of its hot loop (a bundle is a cycle while nothing stalls), what that loop gets done, and so
 the cycles per 1,000 units. Stalls on copies from memory are not in it. jax's kernels
 are compiled at several block sizes; --all shows each, otherwise only the best. Needs `pip install "jax[tpu]"`.
+
+Grouped products are counted over a whole call, with all that a step of their grids takes: for one group of all rows
+(cycles/1k), and for 64 groups as random routing leaves them (routed/1k). Causal attention is counted over all blocks of
+a head, each as what it takes: a body with a mask, or one without where the kernel has one.
 """
 
 import argparse
@@ -15,12 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pallas_kernels import cases
+from pallas_kernels.ragged_dot import trips
 from pallas_kernels.schedule import CompileError, KernelSchedule, Outcome, compile_apart
 
 # Nominal products of two numbers that one slot of the matrix units starts; only to compare kernels on the same chip.
 SLOT_PRODUCTS = {"v5e": 2 * 128**2, "v5p": 2 * 128**2, "v6e": 2 * 256**2, "tpu7x": 2 * 256**2}
 HEAD_DIM, GROUP = 128, 4
-MOE = {"inner": 2048, "columns": 1536}
+LONG = 16384  # tokens of the causal comparisons
+MOE = {"rows": 16384, "inner": 2048, "columns": 1536, "groups": 64}
 Blocks = Mapping[str, int]
 
 
@@ -52,6 +58,7 @@ class Row(NamedTuple):
     blocks: str
     hot_bundles: int
     per_1000: float
+    routed: float
     mxu_slots: float
     spills: int
     fills: int
@@ -61,7 +68,7 @@ class Row(NamedTuple):
 # What jax ships, as a builder for `compile_apart` each. Imports stand inside: not every jax has every one of them.
 
 
-def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = False, **blocks: int):
+def splash(direction: str, length: int = 8192, causal: bool = False, fused: bool = False, **blocks: int):
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu import splash_attention as ops
@@ -71,7 +78,8 @@ def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = 
     backward = {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": compute}
     dq = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
     sizes = ops.BlockSizes(**forward, **backward, **dq, use_fused_bwd_kernel=fused)
-    mask = ops.MultiHeadMask([ops.FullMask((queries, keys)) for _ in range(GROUP)])
+    of_head = ops.CausalMask if causal else ops.FullMask
+    mask = ops.MultiHeadMask([of_head((length, length)) for _ in range(GROUP)])
     kernel = ops.make_splash_mqa_single_device(mask, block_sizes=sizes)
 
     def run(q, k, v):
@@ -79,11 +87,11 @@ def splash(direction: str, queries: int = 8192, keys: int = 8192, fused: bool = 
             return kernel(q, k, v)
         return jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
-    key = jax.ShapeDtypeStruct((keys, HEAD_DIM), jnp.bfloat16)
-    return run, (jax.ShapeDtypeStruct((GROUP, queries, HEAD_DIM), jnp.bfloat16), key, key)
+    key = jax.ShapeDtypeStruct((length, HEAD_DIM), jnp.bfloat16)
+    return run, (jax.ShapeDtypeStruct((GROUP, length, HEAD_DIM), jnp.bfloat16), key, key)
 
 
-def megablox(form: str, m: int, k: int, n: int, rows: int = 16384, groups: int = 64):
+def megablox(form: str, m: int, k: int, n: int):
     import functools
     import importlib
 
@@ -91,13 +99,16 @@ def megablox(form: str, m: int, k: int, n: int, rows: int = 16384, groups: int =
     import jax.numpy as jnp
 
     gmm = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
-    run = functools.partial(getattr(gmm, form), tiling=(m, k, n), preferred_element_type=jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((rows, MOE["inner"]), jnp.bfloat16)
-    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
-    if form == "gmm":
-        return run, (x, jax.ShapeDtypeStruct((groups, MOE["inner"], MOE["columns"]), jnp.bfloat16), sizes)
-    y = jax.ShapeDtypeStruct((rows, MOE["columns"]), jnp.bfloat16)
-    return lambda x, y, sizes: run(x.T, y, sizes), (x, y, sizes)
+    transposed = {"transpose_rhs": True} if form == "transposed" else {}
+    call = gmm.tgmm if form == "tgmm" else gmm.gmm
+    run = functools.partial(call, tiling=(m, k, n), preferred_element_type=jnp.bfloat16, **transposed)
+    x = jax.ShapeDtypeStruct((MOE["rows"], MOE["inner"]), jnp.bfloat16)
+    y = jax.ShapeDtypeStruct((MOE["rows"], MOE["columns"]), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((MOE["groups"], MOE["inner"], MOE["columns"]), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((MOE["groups"],), jnp.int32)
+    if form == "tgmm":
+        return lambda x, y, sizes: run(x.T, y, sizes), (x, y, sizes)
+    return run, (y if transposed else x, w, sizes)
 
 
 def ragged_paged(pages: int, queries: int, page_size: int = 64, sequences: int = 64, context: int = 4096):
@@ -152,31 +163,44 @@ def _jax(name: str, options: list[dict[str, Any]], work: Callable[[str, Blocks],
     return Side(f"jax {name}", f"{__file__}:{name}", options, work)
 
 
-def _splash_blocks(direction: str) -> list[dict[str, Any]]:
+def _splash_blocks(direction: str, **options: Any) -> list[dict[str, Any]]:
     sizes = [(512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024)]  # larger ones spill and take minutes to compile
-    ways = [False] if direction == "forward" else [False, True]
+    if options:
+        sizes[0] = (512, 512, 512)
+        sizes.append((1024, 2048, 1024))
+    ways = [False] if direction == "forward" else [True] if options else [False, True]  # fused saves two of 7 products
     return [
-        {"direction": direction, "q": q, "kv": kv, "compute": compute, "fused": fused}
+        {"direction": direction, "q": q, "kv": kv, "compute": compute, "fused": fused, **options}
         for q, kv, compute in sizes
         for fused in ways
     ]
 
 
 def _of_pairs(kernel: str, blocks: Blocks) -> float | None:
-    """Pairs of a splash kernel's step; of our attention kernels' body."""
-    if "compute" in blocks:
-        return blocks["q"] * (blocks["kv"] if "dq" in kernel else blocks["compute"])
+    """Pairs of a splash kernel's step, whose parts of compute keys are unrolled; of our attention kernels' body."""
     return blocks["q"] * blocks["kv"] if "q" in blocks and "kv" in blocks else None
 
 
-def _of_rows(kernel: str, blocks: Blocks) -> float | None:
-    """Products of a grouped matmul's step."""
-    if "m" in blocks:
-        return blocks["m"] * blocks["k"] * blocks["n"]
-    if "features" in blocks:
-        return blocks["chunk"] * blocks["features"] * blocks["columns"]
-    inner = MOE["columns"] if "transposed" in kernel else MOE["inner"]
-    return blocks["chunk"] * inner * blocks["columns"]
+def _grouped(kernel: KernelSchedule, blocks: Blocks, form: str) -> tuple[float, float]:
+    """Bundles of a grouped product for 1,000 products: one group of all rows, and groups as routing leaves them."""
+    inner, columns = MOE["inner"], MOE["columns"]
+    shape = (columns, inner) if form == "transposed" or "transposed" in kernel.name else (inner, columns)
+    products = MOE["rows"] * inner * columns
+    routings = [MOE["rows"]], trips.routed(MOE["rows"], MOE["groups"])
+    whole, routed = (1000 * trips.cycles(kernel, blocks, sizes, shape) / products for sizes in routings)
+    return whole, routed
+
+
+def _causal(kernel: KernelSchedule, blocks: Blocks, length: int) -> float:
+    """Bundles of a head's causal attention for 1,000 pairs that its mask leaves."""
+    q, kv = blocks["q"], blocks["kv"]
+    costs, around = trips.bodies(kernel)
+    seen = [(i, j) for i in range(length // q) for j in range(length // kv) if (i + 1) * q > j * kv]
+    full = sum(i * q >= (j + 1) * kv - 1 for i, j in seen)
+    ours = "compute" not in blocks  # its grid has a step for each block of keys or queries, and loops over the others
+    steps = (length // kv if "q_held" in blocks else length // q) if ours else len(seen)
+    total = full * min(costs) + (len(seen) - full) * max(costs) + steps * sum(region.own for region in around)
+    return 1000 * total / (length * (length + 1) / 2)
 
 
 def _of_pages(kernel: str, blocks: Blocks) -> float | None:
@@ -184,7 +208,13 @@ def _of_pages(kernel: str, blocks: Blocks) -> float | None:
     return math.nan if "keys" in blocks else blocks["pages"] * 64
 
 
-GMM_TILES = [{"m": m, "k": 2048, "n": n} for m in (128, 256, 512) for n in (768, 1536)]
+def _megablox(form: str) -> Side:
+    k, n = (MOE["columns"], MOE["inner"]) if form == "transposed" else (MOE["inner"], MOE["columns"])
+    tiles = [{"form": form, "m": m, "k": k, "n": n // parts} for m in (128, 256, 512) for parts in (1, 2)]
+    return _jax("megablox", tiles, lambda *_: None)
+
+
+ROUTED = ("ragged_dot.forward", "ragged_dot.backward")
 COMPARISONS: dict[str, Comparison] = {
     "attention.forward": Comparison(
         "pairs",
@@ -202,17 +232,29 @@ COMPARISONS: dict[str, Comparison] = {
             _jax("splash", _splash_blocks("backward"), _of_pairs),
         ],
     ),
+    **{
+        f"attention.{direction}_causal_16k": Comparison(
+            "pairs",
+            products * HEAD_DIM,
+            [
+                _ours("attention", _of_pairs, direction=direction, queries=LONG, keys=LONG),
+                _jax("splash", _splash_blocks(direction, length=LONG, causal=True), _of_pairs),
+            ],
+        )
+        for direction, products in (("forward", 2), ("backward", 5))
+    },
     "ragged_dot.forward": Comparison(
         "products",
         1,
-        [_ours("ragged_dot", _of_rows), _jax("megablox", [{"form": "gmm", **t} for t in GMM_TILES], _of_rows)],
+        [_ours("ragged_dot", lambda *_: None), _megablox("gmm")],
     ),
     "ragged_dot.backward": Comparison(
         "products",
         1,
         [
-            _ours("ragged_dot", _of_rows, direction="backward"),
-            _jax("megablox", [{"form": "tgmm", **t} for t in GMM_TILES], _of_rows),
+            _ours("ragged_dot", lambda *_: None, direction="backward"),
+            _megablox("transposed"),
+            _megablox("tgmm"),
         ],
     ),
     "paged_attention.forward": Comparison(
@@ -240,7 +282,7 @@ COMPARISONS: dict[str, Comparison] = {
 def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: Outcome) -> Iterator[Row]:
     """A row for each kernel; the blocks of ours are those that it asked for, in the order of the kernels."""
     for at, kernel in enumerate(outcome.kernels):
-        if op.endswith("backward") and ("fwd" in kernel.name or "forward" in kernel.name):
+        if "backward" in op and ("fwd" in kernel.name or "forward" in kernel.name):
             continue  # for what the gradients need of it
         chosen = _blocks(kernel, at, options, outcome)
         unit = COMPARISONS[op].products * _part(op, kernel.name, options)
@@ -248,6 +290,11 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
         units = kernel.hot.slots["MXU"] * SLOT_PRODUCTS[target] / unit if work is None else work
         hot = kernel.hot
         cycles = hot.own + sum(region.bundles for region in hot.inside if region.total("MXU"))
+        per_1000, routed = 1000 * cycles / max(units, 1e-9), math.nan
+        if op.endswith("16k"):
+            per_1000 = _causal(kernel, chosen, LONG)
+        if op in ROUTED:
+            per_1000, routed = _grouped(kernel, chosen, options.get("form", ""))
         yield Row(
             target,
             op,
@@ -255,7 +302,8 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
             kernel.name,
             " ".join(f"{name}={size}" for name, size in chosen.items()),
             hot.bundles,
-            1000 * cycles / max(units, 1e-9),
+            per_1000,
+            routed,
             hot.share("MXU"),
             kernel.spills,
             kernel.fills,
@@ -265,7 +313,7 @@ def rows(target: str, op: str, side: Side, options: Mapping[str, Any], outcome: 
 
 def _part(op: str, kernel: str, options: Mapping[str, Any]) -> float:
     """Products of a kernel over those of its operation: two kernels of a backward pass both compute the scores."""
-    if op != "attention.backward" or options.get("fused"):
+    if not op.startswith("attention.backward") or options.get("fused"):
         return 1
     return 3 / 5 if "dq" in kernel else 4 / 5 if "dkv" in kernel else 1
 
@@ -290,7 +338,9 @@ def compare(target: str, op: str, python: str, timeout: float, show_all: bool) -
                 continue
             tried.append(list(rows(target, op, side, options, outcome)))
         best = sorted(tried, key=lambda kernels: sum(row.per_1000 for row in kernels))
-        for kernels in best if show_all else best[:1]:
+        best_routed = sorted(tried, key=lambda kernels: sum(row.routed for row in kernels))
+        shown = best[:1] + [kernels for kernels in best_routed[:1] if kernels is not best[0] and op in ROUTED]
+        for kernels in best if show_all else shown:
             yield from kernels
 
 
@@ -303,6 +353,7 @@ def table(lines: list[Row], markdown: bool = False) -> str:
         "blocks",
         "hot",
         "cycles/1k",
+        "routed/1k",
         "MXU",
         "spills",
         "fills",
@@ -316,7 +367,7 @@ def table(lines: list[Row], markdown: bool = False) -> str:
             row.kernel[:36],
             row.blocks,
             f"{row.hot_bundles:,}",
-            "-" if math.isnan(row.per_1000) else f"{row.per_1000:.3g}",
+            *("-" if math.isnan(figure) else f"{figure:.3g}" for figure in (row.per_1000, row.routed)),
             f"{row.mxu_slots:.0%}",
             f"{row.spills:,}",
             f"{row.fills:,}",

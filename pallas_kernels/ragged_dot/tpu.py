@@ -1,8 +1,9 @@
 """The grouped product on a TPU: tiles of rows against the groups they meet, and no other pair.
 
 A tile that a group boundary crosses is visited once for each group in it, but only the chunks of rows that belong to
-the group are multiplied; a chunk begins where the group begins. The contraction is never split, so that sums stay in
-the matrix unit's accumulators and a row block is stored once.
+the group are multiplied; a chunk begins where the group begins. A long chunk hides how long the matrix units take to
+fill and to drain, so the body is compiled for several sizes and the rest of a group takes the smallest that holds it.
+The contraction is never split, so that sums stay in the matrix unit's accumulators and a row block is stored once.
 """
 
 import functools
@@ -22,13 +23,15 @@ from pallas_kernels.ragged_dot.tiles import Visits, visits
 
 INTERPRET: Any = True  # how a kernel is interpreted where there is no TPU
 DTYPES = (jnp.bfloat16, jnp.float32)
+BODIES = 4  # sizes that a body is compiled for: quarters of a chunk
+BODY_COST = 24  # rows that could be multiplied while the matrix units fill and drain
 ALIGNMENT = 16  # rows: a tile of bfloat16 in VMEM; chunks begin at a multiple
 VMEM_UNKNOWN = 64 * 2**20  # of an interpreted chip
 VMEM_SHARE = 0.75  # of it for blocks; the rest is the compiler's
 
 
 class RowBlocks(NamedTuple):
-    """Of the product of rows: rows loaded, rows multiplied at a time, columns of the result."""
+    """Of the product of rows: rows loaded, most rows multiplied at a time, columns of the result."""
 
     tile: int
     chunk: int
@@ -36,7 +39,7 @@ class RowBlocks(NamedTuple):
 
 
 class WeightBlocks(NamedTuple):
-    """Of the product that sums over rows: rows loaded, rows summed at a time, and the result's block."""
+    """Of the product that sums over rows: rows loaded, most rows summed at a time, and the result's block."""
 
     tile: int
     chunk: int
@@ -133,27 +136,29 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
             _widen(w, scale, wide, run, first_column if transposed else 0)
 
     def multiply(chunk, _):
-        at = pl.multiple_of(jnp.minimum(first + chunk * block.chunk, block.tile - block.chunk), ALIGNMENT)
-        here = pl.ds(at, block.chunk)
+        start = first + chunk * block.chunk
+        *parts, (_, most) = _bodies(block.chunk, x.dtype)
+        whole = high - start > most
+        pl.when(whole)(functools.partial(multiply_rows, start, block.chunk))
+
+        @pl.when(~whole)  # as one branch, so that whole chunks do not pass by those of all the others
+        def _multiply_the_rest():
+            for size, smaller in parts:
+                fits = (high - start > smaller) & (high - start <= size)
+                pl.when(fits)(functools.partial(multiply_rows, start, size))
+
+    def multiply_rows(start, size):
+        at = pl.multiple_of(jnp.minimum(start, block.tile - size), ALIGNMENT)
+        here = pl.ds(at, size)
         product = _dot(x[here], wide[...], ((1,), (1 if transposed else 0,)))
-
-        whole = (at >= low) & (at + block.chunk <= high)
-
-        @pl.when(whole)
-        def _store():
-            out[here] = product.astype(out.dtype)
-
-        @pl.when(~whole)
-        def _store_members():
-            row = at + lax.broadcasted_iota(jnp.int32, product.shape, 0)
-            member = (row >= low) & (row < high)
-            out[here] = jnp.where(member, product, out[here].astype(jnp.float32)).astype(out.dtype)
+        row = at + lax.broadcasted_iota(jnp.int32, product.shape, 0)
+        member = (row >= low) & (row < high)  # no body without it: it runs beside the products
+        out[here] = jnp.where(member, product, out[here].astype(jnp.float32)).astype(out.dtype)
 
     first = low // ALIGNMENT * ALIGNMENT
 
-    @pl.when(t.group[i] < num_groups)
-    def _multiply():
-        lax.fori_loop(0, pl.cdiv(high - first, block.chunk), multiply, None)
+    of_group = jnp.where(t.group[i] < num_groups, high - first, 0)
+    lax.fori_loop(0, pl.cdiv(of_group, block.chunk), multiply, None)
 
     @pl.when(t.group[i] == num_groups)
     def _past_the_last_group():
@@ -161,18 +166,26 @@ def _rows_kernel(block: RowBlocks, num_groups: int, transposed: bool, run: int, 
         out[...] = jnp.where(row >= low, 0.0, out[...].astype(jnp.float32)).astype(out.dtype)
 
 
+def _bodies(chunk: int, dtype) -> list[tuple[int, int]]:
+    """Rows of each body and of the next smaller one; float32, whose products are six times as long, has one body."""
+    step = chunk if dtype == jnp.float32 else _up(pl.cdiv(chunk, BODIES), ALIGNMENT)
+    sizes = sorted({min(step * part, chunk) for part in range(1, BODIES + 1)})
+    return list(zip(sizes, [0, *sizes[:-1]], strict=True))
+
+
 def row_candidates(num_rows, inner, columns, num_groups, dtype, w_dtype) -> list[RowBlocks]:
     """Blocks that fit the VMEM, fastest first by `_time`."""
     size, w_size = jnp.dtype(dtype).itemsize, jnp.dtype(w_dtype).itemsize
     found: dict[RowBlocks, float] = {}
     for tile in _sizes((1024, 512, 256, 128), _up(num_rows, ALIGNMENT)):
-        for width in _sizes((4096, 2048, 1024, 512, 256, 128), columns):
-            for chunk in _sizes((256, 128), tile):
+        for width in _sizes((4096, 2048, 1024, 768, 512, 256, 128), columns):
+            for chunk in _sizes((512, 256, 128)[size // 4 :], tile):
                 used = 2 * (tile * inner * size + inner * width * w_size + tile * width * size) + chunk * width * 4
                 used += inner * width * size if w_size < size else 0
                 num_blocks = pl.cdiv(columns, width)
                 moved = num_blocks * num_rows * inner * size + num_groups * inner * columns * w_size
-                products = _rows_multiplied(num_rows, num_groups, tile, chunk) * inner * columns
+                step = _bodies(chunk, dtype)[0][0]
+                products = _rows_multiplied(num_rows, num_groups, tile, chunk, step) * inner * columns
                 steps = num_blocks * (num_rows // tile + num_groups)
                 if used <= _vmem_limit() * VMEM_SHARE:
                     found[RowBlocks(tile, chunk, width)] = _time(products, moved, steps)
@@ -224,17 +237,16 @@ def _weights_kernel(block: WeightBlocks, t: Visits, x, d_out, out, total):
     def _empty_group():
         total[...] = jnp.zeros_like(total)
 
-    def add(chunk, _):
-        start = first + chunk * block.chunk  # rows before it were summed with the chunk before
-        at = pl.multiple_of(jnp.minimum(start, block.tile - block.chunk), ALIGNMENT)
+    def add(start, size):
+        at = pl.multiple_of(jnp.minimum(start, block.tile - size), ALIGNMENT)
 
         def members(rows):
-            part = rows[pl.ds(at, block.chunk)]
+            part = rows[pl.ds(at, size)]
             row = at + lax.broadcasted_iota(jnp.int32, part.shape, 0)
-            member = (row >= jnp.maximum(low, start)) & (row < high)
+            member = (row >= jnp.maximum(low, start)) & (row < high)  # rows before start are summed already
             return jnp.where(member, part.astype(jnp.float32), 0.0).astype(part.dtype)
 
-        begins = (t.first[i] == 1) & (chunk == 0)
+        begins = (t.first[i] == 1) & (start == first)
 
         @pl.when(begins)
         def _begin():
@@ -244,7 +256,12 @@ def _weights_kernel(block: WeightBlocks, t: Visits, x, d_out, out, total):
         def _add():
             total[...] += _dot(members(x), members(d_out), ((0,), (0,)))
 
-    lax.fori_loop(0, pl.cdiv(high - first, block.chunk), add, None)
+    unit = min(_summed_at_once(), block.chunk)
+    whole = (high - first + unit - 1) // block.chunk  # the last of them may lack less than a unit
+    rest = first + whole * block.chunk
+    pl.loop(0, whole)(lambda chunk: add(first + chunk * block.chunk, block.chunk))
+    if unit < block.chunk:
+        pl.loop(0, pl.cdiv(jnp.maximum(high - rest, 0), unit))(lambda chunk: add(rest + chunk * unit, unit))
 
     @pl.when(t.last[i] == 1)
     def _store():
@@ -258,11 +275,12 @@ def weight_candidates(num_rows, features, columns, num_groups, dtype) -> list[We
     for tile in _sizes((1024, 512, 256, 128), _up(num_rows, ALIGNMENT)):
         for height in _sizes((2048, 1024, 512, 256, 128), features):
             for width in _sizes((2048, 1024, 512, 256, 128), columns):
-                for chunk in _sizes((_summed_at_once(),), tile):
+                for chunk in _sizes((512, _summed_at_once())[size // 4 :], tile):
                     used = 2 * (tile * (height + width) + height * width) * size + 2 * height * width * 4
                     across, down = pl.cdiv(columns, width), pl.cdiv(features, height)
                     moved = (num_rows * (across * features + down * columns) + num_groups * features * columns) * size
-                    products = _rows_multiplied(num_rows, num_groups, tile, chunk) * features * columns
+                    unit = min(_summed_at_once(), chunk)
+                    products = _rows_multiplied(num_rows, num_groups, tile, chunk, unit) * features * columns
                     steps = across * down * (num_rows // tile + num_groups)
                     if used <= _vmem_limit() * VMEM_SHARE:
                         found[WeightBlocks(tile, chunk, height, width)] = _time(products, moved, steps)
@@ -270,14 +288,15 @@ def weight_candidates(num_rows, features, columns, num_groups, dtype) -> list[We
 
 
 def _summed_at_once() -> int:
-    """Rows that a matrix unit sums in one pass; more would wait for its results, fewer leave it part empty."""
+    """Rows that a matrix unit sums in one pass; fewer leave it part empty."""
     return 128 if dispatch.interpreted() else pltpu.get_tpu_info().mxu_column_size
 
 
-def _rows_multiplied(num_rows: int, num_groups: int, tile: int, chunk: int) -> float:
-    """Rows of every chunk there is when groups are alike, and what setting up the matrix unit for each adds."""
+def _rows_multiplied(num_rows: int, num_groups: int, tile: int, chunk: int, step: int) -> float:
+    """What the bodies of every visit take, in rows, when visits are alike; bodies hold a multiple of step rows."""
     visits = num_rows / tile + num_groups
-    return (num_rows + visits * (chunk + ALIGNMENT) / 2) * (1 + 16 / chunk)
+    rows = num_rows / visits + ALIGNMENT / 2
+    return visits * (_up(math.ceil(rows), step) + BODY_COST * math.ceil(rows / chunk))
 
 
 def _time(products: float, moved: int, steps: int) -> float:

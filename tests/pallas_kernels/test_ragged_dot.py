@@ -12,7 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, ragged_dot
 from pallas_kernels.quantized_matmul.tensor import dequantize, quantize
-from pallas_kernels.ragged_dot import gpu, tiles, tpu
+from pallas_kernels.ragged_dot import gpu, tiles, tpu, trips
+from pallas_kernels.schedule import KernelSchedule, Region
 
 ROWS, EXPERTS, FEATURES, OUT = 9, 4, 3, 5
 
@@ -79,6 +80,19 @@ def test_visits_cover_every_row_and_group_once(cuts, tile):
         if of_groups:
             assert set(np.asarray(table.group)[: int(count)].tolist()) == {0, 1, 2}
             assert np.asarray(table.first)[: int(count)].sum() == np.asarray(table.last)[: int(count)].sum() == 3
+
+
+def test_static_cycles_count_every_run_of_every_body():
+    """Chunks begin at multiples of 16, and their last body is the smallest that holds what is left."""
+    assert [(v.low, v.high) for v in trips.visits([300, 244, 480], 512)] == [(0, 300), (300, 512), (0, 32), (32, 512)]
+    slots = {"MXU": 1}
+    bodies = [Region("branch", 0, cost, None, cost, slots, slots, ()) for cost in (10, 20, 30, 40)]
+    loop = Region("loop", 0, 110, None, 3, {"MXU": 0}, slots, tuple(bodies))
+    grid = Region("loop", 0, 150, None, 5, {"MXU": 0}, slots, (loop,))
+    kernel = KernelSchedule("ragged_dot", Region("kernel", 0, 150, None, 7, {"MXU": 0}, slots, (grid,)), 0)
+    got = trips.cycles(kernel, {"tile": 512, "chunk": 512, "columns": 128}, [300, 244, 480], (64, 256))
+    assert got == 2 * (4 * (5 + 3) + 30 + 20 + 10 + 40)
+    assert trips._runs(trips.Visit(0, 700, True, True), 512, [100, 110, 20, 25], sums=True) == [100, 25, 25]
 
 
 BLOCKS = tpu.RowBlocks(32, 16, 128), tpu.WeightBlocks(32, 16, 16, 128)

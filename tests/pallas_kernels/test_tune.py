@@ -88,6 +88,14 @@ def test_the_kernel_in_question_is_found_by_its_name():
     assert tune.named(kernels, "other.forward") == kernels[:1]
     assert tune.named(kernels, "other.dq") == kernels
     assert tune.static_cost(small) == small.cycles()
+    ragged = small._replace(kernel=small.kernel._replace(inside=tuple(_unknown(r) for r in small.kernel.inside)))
+    sizes = {"q": 64, "kv": 10, "held": 1000}
+    assert tune.static_cost(ragged, "attention.backward", sizes) == ragged.hot.bundles / 640
+    assert tune.static_cost(ragged) == ragged.hot.bundles / ragged.hot.total("MXU")
+
+
+def _unknown(region):
+    return region._replace(trips=None)
 
 
 @pytest.mark.parametrize(
