@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pallas_kernels.dispatch import current_chip
+from pallas_kernels.chip import current_chip
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "tuned"
@@ -82,6 +82,11 @@ def forced(kernel: str | Mapping[str, Sizes], sizes: Sizes | None = None) -> Ite
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def forced_now() -> str:
+    """What `forced` holds, in a form that can be compared."""
+    return repr(sorted((kernel, sorted(sizes.items())) for kernel, sizes in _forced.items()))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,15 @@
 """Which implementation of an operation runs for a chip, and why not the others."""
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from pallas_kernels import blocks
+from pallas_kernels.chip import Chip, current_chip, interpreted
 from pallas_kernels.partition import Layout, auto_axes, run_on_parts
 
 Arguments = dict[str, Any]
@@ -18,13 +22,6 @@ class _Explain(NamedTuple):
 
 
 Wanted = str | Sequence[str] | None | _Explain
-
-
-class Chip(NamedTuple):
-    """What a program is traced for."""
-
-    platform: str  # "cpu", "gpu" or "tpu"
-    kind: str  # as jax names the device: "TPU v6 lite", "NVIDIA H200", "cpu"
 
 
 class Implementation(NamedTuple):
@@ -57,20 +54,6 @@ class _Explained(Exception):
         self.choice = choice
 
 
-def current_chip() -> Chip:
-    """The chip of the mesh in use, which may only be described; without a mesh, that of the first device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        first = jax.devices()[0]
-        return Chip(first.platform, first.device_kind)
-    return Chip({"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform), device.device_kind)
-
-
-def interpreted() -> bool:
-    """Whether a Pallas kernel is to be interpreted: there is no chip to compile it for."""
-    return current_chip().platform == "cpu"
-
-
 def call(
     op: str,
     implementations: Sequence[Implementation],
@@ -87,7 +70,28 @@ def call(
     chosen, choice = _choose(op, implementations, names, arguments)
     if explaining:
         raise _Explained(choice)
-    return chosen.run(**arguments) if layout is None else run_on_parts(chosen.run, arguments, layout)
+    run = functools.partial(_traced_once, chosen.run) if chosen.platform == "gpu" and not interpreted() else chosen.run
+    return run(**arguments) if layout is None else run_on_parts(run, arguments, layout)
+
+
+def _traced_once(run: Callable[..., Any], **arguments: Any) -> Any:
+    """`run`, traced and lowered once for all layers of a program: Mosaic GPU's lowering of a kernel takes a second."""
+    arrays = {name: value for name, value in arguments.items() if _has_arrays(value)}
+    options = {name: value for name, value in arguments.items() if name not in arrays}
+    if not arrays:
+        return run(**options)
+    return _jitted(run, tuple(options.items()), blocks.forced_now())(arrays)
+
+
+def _has_arrays(value: Any) -> bool:
+    return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+
+
+@functools.cache
+def _jitted(run: Callable[..., Any], options: tuple, forced: str) -> Callable[..., Any]:
+    """forced: block sizes, which a trace keeps."""
+    del forced
+    return jax.jit(lambda arrays: run(**arrays, **dict(options)))
 
 
 def explain(op: str | Callable[..., Any], *args, implementation: Wanted = None, **kwargs) -> Choice:

@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler.identity import versions
 from llmos_jax.config import UserError, home
+from pallas_kernels import hopper
 
 MAGIC = b"llmos-executable-1"  # changes with the format
 SUFFIX = ".executable"
@@ -178,6 +179,8 @@ def _load(file: Path, identity: str, mesh: Mesh) -> tuple[jax.stages.Compiled | 
         serialized, in_tree, out_tree, hlo = pickle.loads(payload)
         devices, compiled = list(mesh.devices.flat), None
         if serialized is not None:
+            if devices[0].platform == "gpu":
+                hopper.find_runtime()
             compiled = serialize_executable.deserialize_and_load(
                 serialized, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )

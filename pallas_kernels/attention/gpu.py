@@ -1,25 +1,17 @@
-"""Attention on Hopper GPUs: what the kernels of `gpu_forward` and `gpu_backward` take, and the call of them.
-
-Mosaic GPU is imported with the first call: it takes a second, and with jax 0.10 it needs absl-py.
-"""
-
-import functools
+"""Attention on Hopper GPUs: what the kernels of `gpu_forward` and `gpu_backward` take, and the call of them."""
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.dispatch import Arguments, Chip
 
 HEAD_DIMS = (64, 128, 256)
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def refuse(chip: Chip, arguments: Arguments) -> str | None:
     """Why the kernels do not take a call, or None."""
     q, k, v = arguments["q"], arguments["k"], arguments["v"]
-    if chip.platform == "gpu" and not any(name in chip.kind for name in HOPPER):
-        return f"{chip.kind} is not a Hopper GPU and has no wgmma"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {q.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -32,16 +24,7 @@ def refuse(chip: Chip, arguments: Arguments) -> str | None:
         return "takes a q_offset that is a Python int, not an array"
     if arguments["bias"] is not None:
         return "takes no bias"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str | None:
-    try:
-        import jax.experimental.pallas.mosaic_gpu  # noqa: F401
-    except ImportError as error:
-        return f"Mosaic GPU cannot be imported ({error})"
-    return None
+    return hopper.refuse(chip)
 
 
 def attention(

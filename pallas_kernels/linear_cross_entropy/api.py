@@ -9,9 +9,7 @@ from pallas_kernels.partition import Dims, Layout
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.linear_cross_entropy, "tpu", tpu.refuse),
-    dispatch.Implementation(
-        "gpu", gpu.linear_cross_entropy, "gpu", gpu.refuse
-    ),
+    dispatch.Implementation("gpu", gpu.linear_cross_entropy, "gpu", gpu.refuse),
     dispatch.Implementation("xla", xla.linear_cross_entropy),
     dispatch.Implementation("reference", reference.linear_cross_entropy, refuse=reference.refuse),
 )

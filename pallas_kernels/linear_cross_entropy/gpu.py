@@ -3,8 +3,6 @@
 For the loss alone no logits reach memory. Gradients are taken in the same pass, for chunks of tokens: the kernel writes
 a chunk's exponentials in half precision, XLA makes the logits' gradients of them when their sums are known, and cuBLAS
 multiplies those: three products in all, and a chunk of [tokens, V] is the most that is ever held.
-
-Mosaic GPU is imported with the first call: it takes a second, and with jax 0.10 it needs absl-py.
 """
 
 import functools
@@ -14,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import blocks, dispatch
-from pallas_kernels.attention.gpu import HOPPER
+from pallas_kernels import blocks, dispatch, hopper
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 FEATURES = 64  # of a step
@@ -44,24 +41,13 @@ CHUNKS = (Chunk(2**27), Chunk(2**26), Chunk(2**28), Chunk(2**25))
 def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
     """Why the kernel does not take a call, or None."""
     x, w = arguments["x"], arguments["w"]
-    if chip.platform == "gpu" and not any(name in chip.kind for name in HOPPER):
-        return f"{chip.kind} is not a Hopper GPU and has no wgmma"
     if x.dtype not in DTYPES or w.dtype != x.dtype:
         return f"multiplies bfloat16 and float16, both alike, not {x.dtype} and {w.dtype}"
     if 0 in (*x.shape, *w.shape):
         return f"x {x.shape} or w {w.shape} is empty"
     if x.shape[1] % FEATURES:
         return f"D={x.shape[1]} is not a multiple of {FEATURES}, the features of a step"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str | None:
-    try:
-        import jax.experimental.pallas.mosaic_gpu  # noqa: F401
-    except ImportError as error:
-        return f"Mosaic GPU cannot be imported ({error})"
-    return None
+    return hopper.refuse(chip)
 
 
 def linear_cross_entropy(x, w, labels, weights, *, transposed, z_loss, softcap, vocab_axis):

@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import blocks, dispatch, hopper
 from pallas_kernels.attention import gpu
 from pallas_kernels.dispatch import Arguments, Chip
 from pallas_kernels.paged_attention import gpu_plan
@@ -23,8 +23,6 @@ INTERPRETED_PROGRAMS = 2  # each is compiled on its own, and the cut between two
 def refuse(chip: Chip, arguments: Arguments) -> str | None:
     """Why the kernel does not take a call, or None."""
     q, pages, tables = arguments["q"], arguments["pages"].data, arguments["block_tables"]
-    if chip.platform == "gpu" and not any(name in chip.kind for name in gpu.HOPPER):
-        return f"{chip.kind} is not a Hopper GPU and has no wgmma"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes queries of bfloat16 and float16, not {q.dtype}"
     if pages.dtype.itemsize == 1:
@@ -39,7 +37,7 @@ def refuse(chip: Chip, arguments: Arguments) -> str | None:
         return f"takes up to {gpu_plan.MAX_ROWS} query heads a kv head, not {q.shape[1] // pages.shape[1]}"
     if 0 in (*q.shape, *pages.shape, *tables.shape):
         return f"q {q.shape}, pages {pages.shape} or block_tables {tables.shape} is empty"
-    return gpu._missing()
+    return hopper.refuse(chip)
 
 
 def paged_attention(

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import blocks, dispatch, hopper
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.reference import finish
 from pallas_kernels.quantized_matmul.tensor import FP8, QuantizedTensor, quantize_rows
@@ -57,9 +57,7 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
         return f"{w.shape[0]} outputs are not a multiple of 8, which a tile in shared memory has"
     if w.bits == 4 and arguments["activations"] == "int8":
         return "wgmma has no int4: widen the weights to bits=8 for int8 activations"
-    if not any(name in chip.kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"is written for Hopper (wgmma), not for {chip.kind}"
-    return None
+    return hopper.refuse(chip)
 
 
 def candidates(num_rows: int, num_inputs: int, num_outputs: int, step: int, code_bits: int, x_bytes: int):
@@ -127,7 +125,7 @@ def input_gradient(g: Array, w: QuantizedTensor, dtype: Any) -> Array:
 
 def _products(x: Array, codes: Array, scales: Array, grouped: bool, block: Blocks) -> Array:
     """[N, M] float32: sums over the inputs, weighed by the scales of groups if there are groups."""
-    plgpu = _mosaic_gpu()
+    plgpu = hopper.mosaic_gpu()
     (num_rows, size), num_outputs = x.shape, len(codes)
     num_m, num_n, num_k = num_rows // block.m, -(-num_outputs // block.n), size // block.k
     num_steps = num_m * num_n * num_k
@@ -255,14 +253,8 @@ def _parts(num_tiles: int, num_k: int, programs: int) -> np.ndarray:
     return owner_of_last - owner_of_first + 1
 
 
-def _mosaic_gpu() -> Any:
-    from jax.experimental.pallas import mosaic_gpu  # only where it runs: it needs absl, which jax does not bring
-
-    return mosaic_gpu
-
-
 def _block_spec(shape: tuple[int, int], index_map, dtype) -> Any:
-    plgpu = _mosaic_gpu()
+    plgpu = hopper.mosaic_gpu()
     bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
     swizzle = min(SWIZZLE, shape[1] * bits // 8)
     tiles = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))

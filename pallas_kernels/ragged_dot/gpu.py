@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import blocks, dispatch, hopper
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from pallas_kernels.ragged_dot import gradient, xla
 from pallas_kernels.ragged_dot.tiles import visits
@@ -52,10 +52,6 @@ def ragged_dot(x, w, group_sizes):
 
 def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
     x, w = arguments["x"], arguments["w"]
-    try:
-        _mosaic_gpu()
-    except ImportError as error:
-        return f"needs jax's Mosaic GPU, which does not import here: {error}"
     if isinstance(w, QuantizedTensor):
         return "takes no quantised weights: wgmma reads its right operand from shared memory as it is"
     if x.dtype not in DTYPES or w.dtype != x.dtype:
@@ -64,9 +60,7 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
     for name, size in zip("KN", w.shape[1:], strict=True):
         if size % multiple:
             return f"{name}={size} is not a multiple of {multiple}, as TMA wants rows of whole 16 bytes"
-    if chip.platform == "gpu" and not any(name in chip.kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"is written for Hopper (wgmma), not for {chip.kind}"
-    return None
+    return hopper.refuse(chip)
 
 
 def rows(x, w, scale, sizes, transposed):
@@ -79,7 +73,7 @@ def rows(x, w, scale, sizes, transposed):
 
 
 def _rows(block: RowBlocks, transposed: bool, x, w, sizes):
-    plgpu = _mosaic_gpu()
+    plgpu = hopper.mosaic_gpu()
     if dispatch.interpreted():
         w, transposed = (w.mT if transposed else w), False  # the interpreter knows no wgmma of a transposed reference
         x, w, cut = _whole_blocks(block, x, w)
@@ -197,7 +191,7 @@ def weights(x, d_out, sizes, dtype):
 
 
 def _weights(block: WeightBlocks, x, d_out, sizes, dtype):
-    plgpu = _mosaic_gpu()
+    plgpu = hopper.mosaic_gpu()
     num_groups, features, columns = sizes.shape[0], x.shape[1], d_out.shape[1]
     num_rows = x.shape[0]
     ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
@@ -273,7 +267,7 @@ def _weights(block: WeightBlocks, x, d_out, sizes, dtype):
 
 
 def _block_spec(shape: tuple[int, int], index_map, dtype) -> Any:
-    plgpu, size = _mosaic_gpu(), jnp.dtype(dtype).itemsize
+    plgpu, size = hopper.mosaic_gpu(), jnp.dtype(dtype).itemsize
     tiles = (plgpu.TilingTransform((8, SWIZZLE // size)), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.BlockSpec(shape, index_map, transforms=tiles, memory_space=plgpu.SMEM)
 
@@ -283,12 +277,6 @@ def _whole_blocks(block: RowBlocks, x, w):
     cut = slice(x.shape[0]), slice(w.shape[2])
     x = jnp.pad(x, [(0, -x.shape[0] % block.m), (0, -x.shape[1] % block.k)])
     return x, jnp.pad(w, [(0, 0), (0, -w.shape[1] % block.k), (0, -w.shape[2] % block.n)]), cut
-
-
-def _mosaic_gpu() -> Any:
-    from jax.experimental.pallas import mosaic_gpu  # only where it runs: with jax 0.10 it needs absl-py
-
-    return mosaic_gpu
 
 
 def _interpreted() -> dict[str, Any]:

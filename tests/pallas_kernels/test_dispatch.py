@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import attention, dispatch
+from pallas_kernels import attention, blocks, dispatch
 from pallas_kernels.dispatch import Chip, Choice, Implementation
 
 KINDS = {"cpu": None, "tpu": "TPU v6 lite", "gpu": "NVIDIA H200", "cuda": "NVIDIA H200"}
@@ -55,6 +55,28 @@ class operation(NamedTuple):
 def test_the_first_that_takes_the_call_runs(platform, dtype, wanted, name):
     assert operation(platform)(dtype, wanted) == f"{name} of {dtype}"
     assert dispatch.explain(operation(platform), dtype, implementation=wanted).name == name
+
+
+def test_a_gpu_kernel_is_traced_once_for_all_layers():
+    """And anew for other options, and for block sizes that are forced."""
+    traced = []
+
+    def run(x, scale):
+        traced.append(scale)
+        return x * scale
+
+    def layers(x, *scales):
+        for scale in scales:
+            x = dispatch.call("operation", [Implementation("hopper", run, "gpu")], None, {"x": x, "scale": scale})
+        return x
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=1, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        jax.eval_shape(lambda x: layers(x, 2, 2, 2, 3), jnp.ones(4))
+        assert traced == [2, 3]
+        with blocks.forced("operation.forward", {"m": 8}):
+            jax.eval_shape(lambda x: layers(x, 2), jnp.ones(4))
+    assert traced == [2, 3, 2]
 
 
 @pytest.mark.parametrize(
