@@ -22,6 +22,7 @@ WARPGROUP_ROWS = 64
 SHARED_BYTES = 227 * 1024
 SWIZZLE = 128  # bytes
 ROW_BYTES = 16  # TMA takes rows of a multiple of that
+TILE_ROWS = 8
 
 
 class RowBlocks(NamedTuple):
@@ -56,10 +57,10 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
         return "takes no quantised weights: wgmma reads its right operand from shared memory as it is"
     if x.dtype not in DTYPES or w.dtype != x.dtype:
         return f"multiplies bfloat16 and float16, both alike, not {x.dtype} and {w.dtype}"
-    multiple = ROW_BYTES // x.dtype.itemsize
+    multiple, tile = ROW_BYTES // x.dtype.itemsize, SWIZZLE // x.dtype.itemsize
     for name, size in zip("KN", w.shape[1:], strict=True):
-        if size % multiple:
-            return f"{name}={size} is not a multiple of {multiple}, as TMA wants rows of whole 16 bytes"
+        if size % multiple or (size > tile and size % tile):
+            return f"{name}={size} is neither a multiple of {tile} nor a smaller one of {multiple}, as TMA's tiles are"
     return hopper.refuse(chip)
 
 
@@ -78,7 +79,8 @@ def _rows(block: RowBlocks, transposed: bool, x, w, sizes):
         w, transposed = (w.mT if transposed else w), False  # the interpreter knows no wgmma of a transposed reference
         x, w, cut = _whole_blocks(block, x, w)
     else:
-        cut = ...
+        cut = slice(len(x))
+        x = _whole_tiles(x)
     (num_rows, inner), columns = x.shape, w.shape[1 if transposed else 2]
     tables, count = visits(sizes, num_rows, block.m)
     num_visits, num_groups = tables.tile.shape[0], w.shape[0]
@@ -192,6 +194,7 @@ def weights(x, d_out, sizes, dtype):
 
 def _weights(block: WeightBlocks, x, d_out, sizes, dtype):
     plgpu = hopper.mosaic_gpu()
+    x, d_out = _whole_tiles(x), _whole_tiles(d_out)
     num_groups, features, columns = sizes.shape[0], x.shape[1], d_out.shape[1]
     num_rows = x.shape[0]
     ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
@@ -270,6 +273,11 @@ def _block_spec(shape: tuple[int, int], index_map, dtype) -> Any:
     plgpu, size = hopper.mosaic_gpu(), jnp.dtype(dtype).itemsize
     tiles = (plgpu.TilingTransform((8, SWIZZLE // size)), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.BlockSpec(shape, index_map, transforms=tiles, memory_space=plgpu.SMEM)
+
+
+def _whole_tiles(x):
+    """Rows up to a multiple of a tile's; those past the last group are zeros in the result, and not summed."""
+    return jnp.pad(x, ((0, -len(x) % TILE_ROWS), (0, 0)))
 
 
 def _whole_blocks(block: RowBlocks, x, w):
