@@ -29,10 +29,11 @@ tests() {
 }
 
 kernels() {
-  local op
-  for op in attention ragged_dot quantized_matmul linear_cross_entropy paged_attention; do
-    run "kernels_$op" 75 "$python" scripts/bench_kernels.py --only "$op" --torch-python "$python" --json "$out/kernels_$op.json"
+  local op bench=("$python" scripts/bench_kernels.py --torch-python "$python")
+  for op in attention. ragged_dot linear_cross_entropy paged_attention; do
+    run "kernels_${op%.}" 75 "${bench[@]}" --only "$op" --json "$out/kernels_${op%.}.json"
   done
+  run kernels_quantized 75 "${bench[@]}" --only quantized_matmul.forward --implementation gpu --json "$out/kernels_quantized.json"
 }
 
 tune_one() { # NAME OP ARGUMENTS...
@@ -54,7 +55,7 @@ tune() { # TUNE names some of them
 
 train() {
   local common=(--shape llama-1b --dtype bfloat16 --batch 4 --seq-len 2048 --steps 10 --blocks 3 --torch-python "$python")
-  run train_1b 150 "$python" scripts/bench_train.py "${common[@]}" ${TRAIN_FLAGS:-}
+  run train_1b 200 "$python" scripts/bench_train.py "${common[@]}" ${TRAIN_FLAGS:-}
 }
 
 serve() {

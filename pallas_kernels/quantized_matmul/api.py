@@ -117,7 +117,13 @@ def _differentiable(forward: Callable[..., Array], input_gradient: Callable[...,
 
 IMPLEMENTATIONS = (
     Implementation("tpu", _differentiable(tpu.quantized_matmul, tpu.input_gradient), "tpu", tpu.refuse),
-    Implementation("gpu", _differentiable(gpu.quantized_matmul, gpu.input_gradient), "gpu", gpu.refuse),
+    Implementation(
+        "gpu",
+        _differentiable(gpu.quantized_matmul, gpu.input_gradient),
+        "gpu",
+        gpu.refuse,
+        unproven="was timed on a real GPU, but its results were not compared there yet",
+    ),
     Implementation("cpu", _differentiable(cpu.quantized_matmul, xla.input_gradient), "cpu", cpu.refuse),
     Implementation("xla", _differentiable(xla.quantized_matmul, xla.input_gradient)),
     Implementation("reference", _differentiable(reference.quantized_matmul, reference.input_gradient)),
