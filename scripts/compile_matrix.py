@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts of OPERATION.DIRECTION.DTYPE, with commas")
     parser.add_argument("--target", default="", help=f"chips, with commas: {','.join([*TPUS, *GPUS])}")
     parser.add_argument("--quick", action="store_true", help="one dtype of each, on three chips")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one compile")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one compile")
     parser.add_argument("--make-environments", metavar="DIR", type=Path, help="make both environments there")
     parser.add_argument("--tpu-python", default=sys.executable, help="interpreter with jax[tpu]")
     parser.add_argument("--cuda-python", default=sys.executable, help="interpreter with jax's CUDA wheels")

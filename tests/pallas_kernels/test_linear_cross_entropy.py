@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import blocks, dispatch, linear_cross_entropy
+from pallas_kernels import blocks, dispatch, hopper, linear_cross_entropy
 from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
 
 
@@ -329,7 +329,7 @@ def test_an_implementation_that_cannot_run_says_why():
     ],
 )
 def test_what_the_hopper_kernel_does_not_take_it_says(x, w, kind, why, monkeypatch):
-    monkeypatch.setattr(gpu, "_missing", lambda: None)
+    monkeypatch.setattr(hopper, "_missing", lambda: None)
     arguments = {"x": jax.ShapeDtypeStruct(x[:2], x[2]), "w": jax.ShapeDtypeStruct(w[:2], w[2])}
     reason = gpu.refuse(dispatch.Chip("gpu", kind), arguments)
     assert reason is None if why is None else re.search(why, reason)
