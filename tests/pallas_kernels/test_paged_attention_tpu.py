@@ -59,7 +59,7 @@ def test_a_quantised_pool(dtype, top):
     batch = make([5, 33, 30], [1, 1, 7], heads=2, kv_heads=1, scales=scales, top=top, **sizes)
     out, pages = program(paged_attention)(*batch.arrays(pages=dtype))
     assert pages.data.dtype == dtype
-    check(batch, out, pages)
+    check(batch, out, pages, tolerance=1e-4)  # scores of some hundred, as in test_paged_attention
 
 
 def test_bfloat16():
