@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import blocks, dispatch, hopper
+from pallas_kernels.linear_cross_entropy import xla
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 FEATURES = 64  # of a step
@@ -89,17 +90,7 @@ def _forward(options: Options, x, w, labels, weights):
     return (loss, nll), (dx.reshape(-1, x.shape[1])[:tokens], dw.astype(w.dtype))
 
 
-def _backward(options: Options, residuals, cotangents):
-    dx, dw = residuals
-    scale = cotangents[0]
-    if options.vocab_axis is not None:
-        # Every device of the vocabulary axis returns the same loss and holds a share of its cotangent; dx is this
-        # device's part of the sum over the vocabulary, which shard_map adds up as x is the same on all of them.
-        scale = lax.psum(scale, options.vocab_axis)
-    return dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None
-
-
-_loss.defvjp(_forward, _backward)
+_loss.defvjp(_forward, xla.backward)
 
 
 def _chunk(chunk: Chunk, tokens: int, vocab: int) -> int:

@@ -49,17 +49,18 @@ def _forward(options, x, w, labels, weights):
     return (loss, nll), (dx.reshape(-1, x.shape[1])[: x.shape[0]], dw.astype(w.dtype))
 
 
-def _backward(options, residuals, cotangents):
+def backward(options, residuals, cotangents):
+    """Of what takes its gradients in the forward pass; the last of the options is the vocabulary's axis."""
     dx, dw = residuals
     scale = cotangents[0]
-    if options[3] is not None:
+    if options[-1] is not None:
         # Every device of the vocabulary axis returns the same loss and holds a share of its cotangent; dx is this
         # device's part of the sum over the vocabulary, which shard_map adds up as x is the same on all of them.
-        scale = jax.lax.psum(scale, options[3])
+        scale = jax.lax.psum(scale, options[-1])
     return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
 
 
-_loss.defvjp(_forward, _backward)
+_loss.defvjp(_forward, backward)
 
 
 def _chunks(options, x, w, labels, weights):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.attention.gpu_tiles import (
+    COMPUTE_WARPGROUPS,
     LAYOUT,
     LOG2E,
     NO_KEY,
@@ -24,6 +25,7 @@ from pallas_kernels.attention.gpu_tiles import (
     add_products,
     call_kernel,
     drain,
+    either_warpgroup,
     factor,
     full,
     lay,
@@ -34,7 +36,7 @@ from pallas_kernels.attention.gpu_tiles import (
 )
 from pallas_kernels.paged_attention.gpu_plan import Form, Items, Pairs, Plan
 
-WARPGROUPS = 2  # that compute
+WARPGROUPS = COMPUTE_WARPGROUPS
 REGISTERS = {64: (232, 40), 128: (232, 40), 256: (240, 24)}  # of a thread that computes, and that copies, by head_dim
 COLUMNS = 64  # of values in registers at a time where rows are cleared
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of the 227 KiB that a program may ask for
@@ -118,20 +120,12 @@ def _enter(form: Form, size: Blocks, options: Options, *references):
         used=plgpu.Barrier(num_barriers=size.stages),
     )
 
-    to_compute, to_copy = REGISTERS[form.head_dim]
-
     def with_memory(shared):
-        warpgroup = lax.axis_index("wg")
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(to_compute, action="increase")
-            _compute(form, size, options, warpgroup, refs, shared)
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(to_copy, action="decrease")
-            _copy(form, size, refs, shared)
+        either_warpgroup(
+            lambda warpgroup: _compute(form, size, options, warpgroup, refs, shared),
+            lambda: _copy(form, size, refs, shared),
+            REGISTERS[form.head_dim],
+        )
 
     pl.run_scoped(with_memory, shared, collective_axes="wg")
 
