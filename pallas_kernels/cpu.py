@@ -1,8 +1,9 @@
-"""Products in bfloat16 on a CPU: by our own kernel (`native/matmul.cc`) where it can be had, or by XLA at its full speed.
+"""Products on a CPU: by our own kernels where they can be had, or by XLA at its full speed.
 
-XLA's CPU backend has a fast kernel (AMX, AVX512-BF16) for one form only: row-major [M, K] times row-major [K, N], summed
-in float32. Any transposed operand, and a sum in bfloat16, falls back to converting everything to float32, five times
-slower. XLA turns a transposed operand into a layout of the product, so the transpose has to be hidden from it.
+In bfloat16 with AMX (`native/matmul.cc`): XLA's CPU backend has a fast kernel (AMX, AVX512-BF16) for one form only,
+row-major [M, K] times row-major [K, N], summed in float32. Any transposed operand, and a sum in bfloat16, falls back to
+converting everything to float32, five times slower. XLA turns a transposed operand into a layout of the product, so the
+transpose has to be hidden from it. Else by vector registers (`native/vector_matmul.cc`), which take any form.
 """
 
 import functools
@@ -10,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from pallas_kernels import dispatch
@@ -18,23 +20,26 @@ from pallas_kernels.partition import auto_axes
 
 STEP = 32  # inputs that a tile takes at once
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
+SMALLEST = 64  # rows and outputs that are worth packing both sides
+NAME = "product"
+TILES, VECTORS = "pallas_kernels.matmul", "pallas_kernels.vector_matmul"
 
 
 def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """x w in x's dtype, summed in float32, whose gradients too are products of the fast form.
+    """x w in x's dtype, summed in float32, whose gradients too are products of a fast form.
 
-    Elsewhere it is the plain product, which checkpoint policies know by its kind.
+    Elsewhere it is the plain product, which checkpoint policies know by its kind; here they know it as `NAME`.
     """
     on_cpu = dispatch.current_chip().platform == "cpu"
-    return _matmul(x, w) if on_cpu and x.dtype == jnp.bfloat16 else x @ w
+    return checkpoint_name(_matmul(x, w), NAME) if on_cpu and x.dtype in (jnp.bfloat16, jnp.float32) else x @ w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_float32(x: Float[Array, "*batch K"], w: Float[Array, "_ _"], transposed: bool = False):
     """x w in float32 [..., N], as logits are. w is [K, N], or transposed, as a table of embeddings is, [N, K]."""
     rows = x.reshape(-1, x.shape[-1]) if dispatch.current_chip().platform == "cpu" else None
-    if rows is not None and _is_ours(rows, w):
-        return _ours(rows, w, jnp.float32, transposed).reshape(*x.shape[:-1], -1)
+    if rows is not None and _by_tiles(rows, w):
+        return _tiles(rows, w, jnp.float32, transposed).reshape(*x.shape[:-1], -1)
     return _any_product(x, w, transposed)
 
 
@@ -51,30 +56,44 @@ def _any_product(x, w, transposed):
 
 @jax.custom_vjp
 def _matmul(x, w):
-    return _ours(x, w, x.dtype) if _is_ours(x, w) else dot(x, w).astype(x.dtype)
-
-
-def _is_ours(rows: Array, w: Array) -> bool:
-    fits = rows.shape[1] % STEP == 0 and rows.dtype == w.dtype == jnp.bfloat16
-    return fits and not auto_axes() and native().tiles
-
-
-def _ours(rows: Array, w: Array, dtype, transposed: bool = False) -> Array:
-    out = jax.ShapeDtypeStruct((len(rows), w.shape[0 if transposed else 1]), dtype)
-    return jax.ffi.ffi_call("pallas_kernels.matmul", out, vmap_method="sequential")(rows, w, transposed=transposed)
+    return _tiles(x, w, x.dtype) if _by_tiles(x, w) else product(x, w).astype(x.dtype)
 
 
 def _backward(residuals, g):
     x, w = residuals
-    return dot(g, transpose(w)).astype(x.dtype), dot(transpose(x), g).astype(w.dtype)
+    return product(g, w, b_transposed=True).astype(x.dtype), product(x, g, a_transposed=True).astype(w.dtype)
 
 
 _matmul.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _backward)
 
 
-def dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """a b in float32."""
+def product(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], *, a_transposed: bool = False, b_transposed: bool = False
+) -> Float[Array, "M N"]:
+    """a [M, K] b [K, N] in float32; each may lie transposed."""
+    out = jax.ShapeDtypeStruct((a.shape[int(a_transposed)], b.shape[int(not b_transposed)]), jnp.float32)
+    if _by_vectors(a, b, out.shape):
+        call = jax.ffi.ffi_call(VECTORS, out, vmap_method="sequential")
+        return call(a, b, a_transposed=a_transposed, b_transposed=b_transposed)
+    a, b = transpose(a) if a_transposed else a, transpose(b) if b_transposed else b
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _by_vectors(a: Array, b: Array, out: tuple[int, ...]) -> bool:
+    if dispatch.current_chip().platform != "cpu" or a.dtype != b.dtype or min(out) < SMALLEST or auto_axes():
+        return False
+    found = native()
+    return not found.missing and (a.dtype == jnp.float32 or (a.dtype == jnp.bfloat16 and not found.tiles))
+
+
+def _by_tiles(rows: Array, w: Array) -> bool:
+    fits = rows.shape[1] % STEP == 0 and rows.dtype == w.dtype == jnp.bfloat16
+    return fits and not auto_axes() and native().tiles
+
+
+def _tiles(rows: Array, w: Array, dtype, transposed: bool = False) -> Array:
+    out = jax.ShapeDtypeStruct((len(rows), w.shape[0 if transposed else 1]), dtype)
+    return jax.ffi.ffi_call(TILES, out, vmap_method="sequential")(rows, w, transposed=transposed)
 
 
 def transpose(x: Float[Array, "*batch M N"]) -> Float[Array, "*batch N M"]:

@@ -99,8 +99,8 @@ class Instruction:
         return _balanced(self.attributes, found.end()) if found else ""
 
     def number(self, key: str) -> int | None:
-        """The number behind `"key":"123"` or `"key":123` in the backend's configuration."""
-        found = re.search(rf'"{key}":"?(-?\d+)', self.attributes)
+        """The number behind `"key":"123"`, `"key":123` or `key = 123` in the backend's configuration."""
+        found = re.search(rf'\b{key}(?:":"?| = )(-?\d+)', self.attributes)
         return int(found[1]) if found else None
 
     def _quoted(self, key: str) -> str:

@@ -228,6 +228,9 @@ def _custom_flops(where: Computation, i: Instruction) -> float:
         return float(said)
     if not re.search(r"gemm|matmul|\$dot", i.target):
         return 0.0
+    if i.target.startswith(OURS):  # [M, K] and [K, N], however they lie
+        sides = [where[name].result for name in i.operands[:2]]
+        return 2.0 * math.sqrt(math.prod(float(leaves(x)[0].size) for x in (*sides, i.result)))
     dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
     left, result = leaves(where[i.operands[0]].result)[0], leaves(i.result)[0]
     inner = math.prod(left.dims[d] for d in _numbers(dims[1])) if dims else left.dims[-1]

@@ -22,6 +22,7 @@ from llmos_jax.models.moe import Moe
 from llmos_jax.models.quantized import QuantizedTensor, product
 from llmos_jax.sharding import constrain, sharding, token_dims
 from pallas_kernels import KVPages
+from pallas_kernels.cpu import NAME as NAME_OF_PRODUCTS
 from pallas_kernels.cpu import matmul_float32
 from pallas_kernels.dispatch import current_chip
 
@@ -208,11 +209,13 @@ def rematerialized(body, config: ModelConfig):
             offload_dst="pinned_host",
         )
     else:
-        policy = {
+        kept = {
             "full": policies.nothing_saveable,
             "dots": policies.dots_saveable,
             "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
         }[config.remat]
+        ours = policies.save_only_these_names(NAME_OF_PRODUCTS)
+        policy = kept if config.remat == "full" else policies.save_from_both_policies(kept, ours)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import gpu, reference, tpu, xla
+from pallas_kernels.attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.partition import Dims, Layout
 
@@ -14,6 +14,7 @@ from pallas_kernels.partition import Dims, Layout
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("tpu", tpu.attention, "tpu", tpu.refuse),
     Implementation("gpu", gpu.attention, "gpu", gpu.refuse),
+    Implementation("cpu", cpu.attention, "cpu", cpu.refuse),
     Implementation("xla", xla.attention),
     Implementation("reference", reference.attention),
 )

@@ -1,6 +1,7 @@
 """The definition of attention, as plain as it can be written; the truth in tests."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
@@ -26,6 +27,17 @@ def mask(
     if q_segment_ids is not None and kv_segment_ids is not None:
         seen &= q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
     return seen
+
+
+def visible_pairs(num_queries: int, num_keys: int, causal: bool, window: int | None, q_offset: int | None) -> int:
+    """Query-key pairs that the masks of one sequence leave; None for an offset means: the mean over all it may be."""
+    if not causal:
+        return num_queries * num_keys
+    if q_offset is None:
+        q_offset = num_keys if num_queries == 1 else max(num_keys - num_queries, 0) // 2
+    stop = np.arange(num_queries) + q_offset + 1
+    first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+    return int(np.maximum(np.minimum(stop, num_keys) - first, 0).sum())
 
 
 def attention(

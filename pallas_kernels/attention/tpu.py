@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.attention import tpu_backward
 from pallas_kernels.attention import tpu_common as common
+from pallas_kernels.attention.reference import visible_pairs
 from pallas_kernels.attention.residuals import kept
 from pallas_kernels.attention.tpu_common import LANES, LOG2_E, NEG_INF, Options, round_up
 
@@ -111,9 +112,7 @@ def _options(q, k, causal, window, softcap, scale, q_segment_ids, q_offset) -> O
         segments=q_segment_ids is not None,
         alibi=False,
         sinks=False,
-        pairs=common.visible_pairs(
-            q.shape[1], k.shape[1], causal, window, q_offset if isinstance(q_offset, int) else None
-        ),
+        pairs=visible_pairs(q.shape[1], k.shape[1], causal, window, q_offset if isinstance(q_offset, int) else None),
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -49,17 +48,6 @@ class Options(NamedTuple):
     def dk_factor(self) -> float:
         """What products of score gradients and scaled queries are multiplied by: scale / q_factor."""
         return 1 / LOG2_E if self.softcap is None else self.softcap
-
-
-def visible_pairs(num_queries: int, num_keys: int, causal: bool, window: int | None, q_offset: int | None) -> int:
-    """Query-key pairs that the masks of one sequence leave; None for an offset means: the mean over all it may be."""
-    if not causal:
-        return num_queries * num_keys
-    if q_offset is None:
-        q_offset = num_keys if num_queries == 1 else max(num_keys - num_queries, 0) // 2
-    stop = np.arange(num_queries) + q_offset + 1
-    first = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
-    return int(np.maximum(np.minimum(stop, num_keys) - first, 0).sum())
 
 
 def cost(options: Options, products: int, q: Array, *arrays: Any) -> pl.CostEstimate:

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cpu import dot, transpose
+from pallas_kernels.cpu import product
 from pallas_kernels.dispatch import current_chip
 
 # Logits held at once: 64 MiB in float32 on a CPU. An accelerator reads and writes the sums of w's gradient for each chunk.
@@ -36,8 +36,9 @@ def _forward(options, x, w, labels, weights):
     def add(total, chunk):
         loss, nll, gradient = _chunk_loss(options, w, *chunk)
         d_logits = gradient().astype(x.dtype)
-        dx = dot(d_logits, w if transposed else transpose(w))
-        dw = dot(transpose(d_logits), chunk[0]) if transposed else dot(transpose(chunk[0]), d_logits)
+        dx = product(d_logits, w, b_transposed=not transposed)
+        sides = (d_logits, chunk[0]) if transposed else (chunk[0], d_logits)
+        dw = product(*sides, a_transposed=True)
         return (total[0] + loss, total[1] + nll, total[2] + dw), dx.astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
@@ -81,7 +82,7 @@ def _chunks(options, x, w, labels, weights):
 def _chunk_loss(options, w, x, labels, weights):
     """Weighted loss and negative log-likelihood of one chunk, and a function for the gradient of its logits."""
     transposed, z_loss, softcap, vocab_axis = options
-    logits = dot(x, transpose(w) if transposed else w)
+    logits = product(x, w, b_transposed=transposed)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if vocab_axis is not None:

@@ -25,7 +25,10 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
 TARGETS = {
     "pallas_kernels.matmul": "NativeMatmul",
+    "pallas_kernels.vector_matmul": "NativeVectorMatmul",
     "pallas_kernels.quantized_matmul": "NativeQuantizedMatmul",
+    "pallas_kernels.attention": "NativeAttention",
+    "pallas_kernels.attention_backward": "NativeAttentionBackward",
     "pallas_kernels.paged_attention": "NativePagedAttention",
 }
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "products.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -74,37 +74,9 @@ struct TileProducts {
 
 #endif
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns], rows of a and c whole steps of 4, columns of 16.
-template <bool add_to>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-              int64_t rows, int64_t depth, int64_t columns) {
-  constexpr int kRowsAtOnce = 4;
-  const auto part = [&](auto width, int64_t r, int64_t at) {
-    constexpr int kWidth = decltype(width)::value;
-    Floats x[kRowsAtOnce][kWidth];
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      for (int w = 0; w < kWidth; ++w) x[i][w] = add_to ? load(c + (r + i) * c_stride + at + w * kLanes) : Floats{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int w = 0; w < kWidth; ++w) {
-        const Floats right = load(b + k * b_stride + at + w * kLanes);
-        for (int i = 0; i < kRowsAtOnce; ++i) x[i][w] += a[(r + i) * a_stride + k] * right;
-      }
-    }
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      for (int w = 0; w < kWidth; ++w) store(c + (r + i) * c_stride + at + w * kLanes, x[i][w]);
-    }
-  };
-  for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-    int64_t at = 0;
-    for (; at + 4 * kLanes <= columns; at += 4 * kLanes) part(std::integral_constant<int, 4>{}, r, at);
-    for (; at < columns; at += kLanes) part(std::integral_constant<int, 1>{}, r, at);
-  }
-}
-
 struct FloatProducts {
   using Weight = float;
-  static constexpr int64_t kRows = 4;
+  static constexpr int64_t kRows = 1;
 
   FloatProducts(int64_t rows, int64_t dim) : rows(rows), dim(dim), keys(kBlock * dim), values(kBlock * dim) {}
 
@@ -120,11 +92,11 @@ struct FloatProducts {
   }
 
   void score(const float* queries, float* scores, int64_t size) {
-    multiply<false>(queries, dim, keys.data, kBlock, scores, kBlock, rows, dim, size);
+    multiply<false>(rows, size, dim, {queries, dim, 1}, keys.data, kBlock, scores, kBlock, false);
   }
 
   void add(const float* weights, float* sums, int64_t size) {
-    multiply<true>(weights, kBlock, values.data, dim, sums, dim, rows, size, dim);
+    multiply<false>(rows, dim, size, {weights, kBlock, 1}, values.data, dim, sums, dim, true);
   }
 
   const int64_t rows, dim;

@@ -20,7 +20,7 @@ struct Row {
 
 // Scores of keys first.. as they enter the softmax: scaled, capped, and -FLT_MAX where the row does not see the key.
 inline void prepare(const Row& row, float* scores, int64_t first, int64_t size, float scale, float softcap) {
-  const Floats lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Floats lanes = __builtin_convertvector(kLane, Floats);
   const float begin = static_cast<float>(row.begin - first), end = static_cast<float>(row.end - first);
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats place = lanes + static_cast<float>(i);

@@ -1,4 +1,5 @@
-// Sixteen floats at a time, in the compiler's own vector types: AVX-512 registers where there are any.
+// A register of floats at a time, in the compiler's own vector types: sixteen where there is AVX-512, else eight.
+// (Of a vector wider than a register the compiler makes memory.)
 #pragma once
 
 #include <cmath>
@@ -6,19 +7,32 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
 namespace native {
 
-constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+template <int... lane>
+constexpr Ints numbered(std::integer_sequence<int, lane...>) {
+  return Ints{lane...};
+}
+// The number of each lane.
+constexpr Ints kLane = numbered(Lanes{});
 
 inline Floats splat(float x) { return x - Floats{}; }
 
@@ -57,6 +71,12 @@ inline Halves to_bfloat16(Floats x) {  // to the nearest, ties to even
 #endif
 }
 
+// One number in memory.
+inline float number(float x) { return x; }
+inline float number(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+inline void put(float* to, float x) { *to = x; }
+inline void put(uint16_t* to, float x) { *to = to_bfloat16(splat(x))[0]; }
+
 // Integers within 2^22 of zero, to the nearest, ties to even.
 inline Floats round_even(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
 
@@ -75,6 +95,8 @@ inline void store(int8_t* to, Floats x) {  // kept within -127..127
 inline Floats larger(Floats a, Floats b) {
 #ifdef __AVX512F__
   return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif defined(__AVX__)
+  return bits<Floats>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -118,33 +140,39 @@ inline Floats tanh(Floats x) {
   return 1.0f - 2.0f / (exp(y * 2.0f) + 1.0f);
 }
 
-// The sums of sixteen vectors, side by side.
+// Of each `half` lanes of a and b by turns: the lower ones, and the upper ones.
+template <int half, int... lane>
+inline Floats lower(Floats a, Floats b, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(a, b, Ints{(lane & half ? lane + kLanes - half : lane)...});
+}
+template <int half, int... lane>
+inline Floats upper(Floats a, Floats b, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(a, b, Ints{(lane & half ? lane + kLanes : lane + half)...});
+}
+
+// The sums of as many vectors as there are lanes, side by side.
+template <int half = kLanes / 2>
 inline Floats sums(Floats (&x)[kLanes]) {
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      Floats &a = x[i], &b = x[i + half];
-      Floats low, high;
-      switch (half) {
-        case 8:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
-          high = __builtin_shuffle(a, b, Ints{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
-          break;
-        case 4:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
-          high = __builtin_shuffle(a, b, Ints{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
-          break;
-        case 2:
-          low = __builtin_shuffle(a, b, Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
-          high = __builtin_shuffle(a, b, Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-          break;
-        default:
-          low = __builtin_shuffle(a, b, Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
-          high = __builtin_shuffle(a, b, Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-      }
-      a = low + high;
-    }
+  for (int i = 0; i < half; ++i) {
+    x[i] = lower<half>(x[i], x[i + half], Lanes{}) + upper<half>(x[i], x[i + half], Lanes{});
   }
-  return x[0];
+  if constexpr (half == 1) {
+    return x[0];
+  } else {
+    return sums<half / 2>(x);
+  }
+}
+
+// As many vectors as there are lanes, as the rows of a square: its columns.
+template <int half = kLanes / 2>
+inline void transpose(Floats (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & half) continue;
+    const Floats low = lower<half>(x[i], x[i + half], Lanes{});
+    x[i + half] = upper<half>(x[i], x[i + half], Lanes{});
+    x[i] = low;
+  }
+  if constexpr (half > 1) transpose<half / 2>(x);
 }
 
 // Memory of a call that begins where a register's worth of it may be loaded.

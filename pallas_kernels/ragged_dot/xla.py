@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.cpu import dot, transpose
+from pallas_kernels.cpu import product
 from pallas_kernels.ragged_dot import gradient
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows: fewer than two are slow in bfloat16; more only fill up with what is not wanted
@@ -59,7 +59,7 @@ def _walk_rows(x, w, sizes, scale=None, *, transposed):
         group = jnp.searchsorted(block_ends, i, side="right")
         at = starts[group] + (i - (block_ends - blocks)[group]) * size
         matrix = _matrix(w, scale, group, x.dtype)
-        part = dot(lax.dynamic_slice_in_dim(x, at, size), transpose(matrix) if transposed else matrix)
+        part = product(lax.dynamic_slice_in_dim(x, at, size), matrix, b_transposed=transposed)
         return lax.dynamic_update_slice_in_dim(out, part.astype(x.dtype), at, 0)
 
     out = jnp.zeros((num_rows + size, w.shape[1 if transposed else 2]), x.dtype)
@@ -76,8 +76,7 @@ def _walk_weights(x, d_out, sizes, *, dtype):
             at = start + i * size
             member = jnp.arange(size) < rows_of_group - i * size
             parts = (jnp.where(member[:, None], lax.dynamic_slice_in_dim(a, at, size), 0) for a in (x, d_out))
-            x_part, d_part = parts
-            return total + dot(transpose(x_part), d_part)
+            return total + product(*parts, a_transposed=True)
 
         total = jnp.zeros((x.shape[1], d_out.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
         return start + rows_of_group, lax.fori_loop(0, -(-rows_of_group // size), step, total).astype(dtype)

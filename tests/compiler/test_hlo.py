@@ -171,6 +171,13 @@ def test_a_loop_of_data_is_counted_once_and_named():
 # -------------------------------------------------------------------------------------------------------------- FLOPs
 
 
+def kernel_flops(call) -> float:
+    """Of a call of our own: it says so itself, or is the product of two matrices."""
+    said = dict(call.params["attributes"]).get("flops")
+    sizes = [float(x.aval.size) for x in (*call.invars[:2], call.outvars[0])]
+    return 2.0 * np.sqrt(np.prod(sizes)) if said is None else float(said)
+
+
 def jaxpr_flops(jaxpr, times: float = 1.0) -> float:
     """Of the matrix products, over all devices, from the program before the compiler had it."""
     total = 0.0
@@ -180,6 +187,8 @@ def jaxpr_flops(jaxpr, times: float = 1.0) -> float:
         if equation.primitive.name == "dot_general":
             ((contracted, _), _), shape = params["dimension_numbers"], equation.invars[0].aval.shape
             total += times * 2.0 * equation.outvars[0].aval.size * np.prod([shape[d] for d in contracted])
+        elif equation.primitive.name == "ffi_call":
+            total += times * kernel_flops(equation)
         elif equation.primitive.name == "scan":
             inner = times * params["length"]
         elif equation.primitive.name == "shard_map":

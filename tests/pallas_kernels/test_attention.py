@@ -13,8 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import attention
 from pallas_kernels.attention import xla
+from pallas_kernels.native import native
 from tests.pallas_kernels import naive
 from tests.tiny import relative_error
+
+here = native()
+needs_compiler = pytest.mark.skipif(bool(here.missing), reason=f"the native library {here.missing}")
+needs_bfloat16 = pytest.mark.skipif(bool(here.missing) or here.tiles, reason="bfloat16 is XLA's on this machine")
 
 GRADIENTS = ("dq", "dk", "dv", "d_sinks", "d_bias")
 
@@ -175,7 +180,21 @@ def test_xla_equals_numpy_in_both_passes(case, few, scores):
         patch.setattr(xla, "BLOCK_Q", 4)  # so that these few queries are several blocks, the last one not full
         patch.setattr(xla, "FEW_QUERIES", few)
         patch.setattr(xla, "CPU_SCORES", scores)  # so that they go a head at a time, or a few, or all at once
-        check(case)
+        check(case, "xla")
+
+
+@needs_compiler
+@settings(max_examples=60)
+@given(
+    case=CASES,
+    queries=st.sampled_from([9, 64, 70]),  # a block has 64, and 96 keys
+    keys=st.sampled_from([1, 70, 200]),
+    head_dim=st.sampled_from([3, 16, 40]),
+    start=st.integers(-20, 140),
+    window=st.sampled_from([None, 1, 40, 150]),
+)
+def test_the_host_processor_s_kernel_equals_numpy_in_both_passes(case, **sizes):
+    check(case._replace(slopes=False, bias="", **sizes), "cpu")
 
 
 @pytest.mark.compat
@@ -198,11 +217,12 @@ def test_both_implementations_equal_numpy(case, implementation):
 
 @pytest.mark.compat
 def test_the_default_block_size_is_crossed():
-    check(Case(batch=1, queries=xla.BLOCK_Q + 22, keys=xla.BLOCK_Q + 22, kv_heads=1, window=40))
+    check(Case(batch=1, queries=xla.BLOCK_Q + 22, keys=xla.BLOCK_Q + 22, kv_heads=1, window=40), "xla")
 
 
-def test_bfloat16_keeps_its_own_precision():
-    check(Case(queries=11, keys=11, softcap=2.0), dtype=jnp.bfloat16, tolerance=2e-2)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=needs_bfloat16)])
+def test_bfloat16_keeps_its_own_precision(implementation):
+    check(Case(queries=11, keys=11, softcap=2.0), implementation, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("few", [0, 8])
@@ -229,7 +249,12 @@ def test_a_static_offset_leaves_out_keys_that_no_query_sees(monkeypatch):
     x = jnp.ones((1, 256, 1, 32))
 
     def flops(**options) -> float:
-        return jax.jit(lambda q: attention(q, q, q, **options)).lower(x).compile().cost_analysis()["flops"]
+        return (
+            jax.jit(lambda q: attention(q, q, q, implementation="xla", **options))
+            .lower(x)
+            .compile()
+            .cost_analysis()["flops"]
+        )
 
     whole, causal, local = flops(causal=False), flops(), flops(window=32)
     assert 0.5 < causal / whole < 0.65
@@ -254,7 +279,7 @@ IDS = np.zeros((2, 3), np.int32)
         ({"bias": jnp.zeros((2, 2, 3, 7))}, r"bias \(2, 2, 3, 7\) is not \(2, 4, 3, 7\), of which the first two"),
         ({"bias": jnp.zeros((3, 7))}, r"bias \(3, 7\) is not \(2, 4, 3, 7\)"),
         ({"window": 0}, "window=0 must be at least 1"),
-        ({"implementation": "magic"}, "'magic' of attention is not known; use one of tpu, gpu, xla, reference"),
+        ({"implementation": "magic"}, "'magic' of attention is not known; use one of tpu, gpu, cpu, xla, reference"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pallas_kernels.attention.tpu_common import visible_pairs
+from pallas_kernels.attention.reference import visible_pairs
 
 
 @pytest.mark.parametrize(

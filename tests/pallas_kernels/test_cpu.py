@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import cpu
+from pallas_kernels.native import native
+
+needs_compiler = pytest.mark.skipif(bool(native().missing), reason=f"the native library {native().missing}")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -23,6 +28,44 @@ def test_matmul_and_its_gradients_equal_numpy(dtype, rows):
     for got, want in zip((out, *pull(g)), (x64 @ w64, g64 @ w64.T, x64.T @ g64), strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max())
+
+
+@needs_compiler
+@settings(max_examples=40)
+@given(
+    rows=st.sampled_from([1, 13, 200]),
+    inputs=st.sampled_from([1, 9, 300, 2100]),
+    outputs=st.sampled_from([1, 33, 1100]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    a_transposed=st.booleans(),
+    b_transposed=st.booleans(),
+)
+def test_products_by_vectors_equal_numpy(rows, inputs, outputs, dtype, a_transposed, b_transposed):
+    shapes = (rows, inputs)[:: -1 if a_transposed else 1], (inputs, outputs)[:: -1 if b_transposed else 1]
+    a, b = (jnp.asarray(random(*shape, seed=seed), dtype) for seed, shape in enumerate(shapes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_by_vectors", lambda *_: True)
+        got = cpu.product(a, b, a_transposed=a_transposed, b_transposed=b_transposed)
+    a64, b64 = (np.asarray(x, np.float64) for x in (a, b))
+    want = (a64.T if a_transposed else a64) @ (b64.T if b_transposed else b64)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.sqrt(inputs), rtol=1e-5)
+
+
+@needs_compiler
+def test_how_many_rows_there_are_changes_no_row():
+    x, w = (jnp.asarray(random(*shape), jnp.float32) for shape in ((700, 500), (500, 130)))
+    np.testing.assert_array_equal(cpu.product(x, w)[:100], cpu.product(x[:100], w))
+
+
+@needs_compiler
+def test_a_large_float32_product_and_its_gradients_are_our_own():
+    def gradients(x, w, g):
+        return jax.vjp(cpu.matmul, x, w)[1](g)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (128, 96), (64, 96))]
+    program = jax.jit(gradients).lower(*shapes).compile().as_text()
+    assert program.count(f'custom_call_target="{cpu.VECTORS}"') == 2 and " dot(" not in program
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (37, 3), (2, 40, 5)])
