@@ -27,6 +27,7 @@ TARGETS = {
     "pallas_kernels.matmul": "NativeMatmul",
     "pallas_kernels.vector_matmul": "NativeVectorMatmul",
     "pallas_kernels.quantized_matmul": "NativeQuantizedMatmul",
+    "pallas_kernels.vector_quantized_matmul": "NativeVectorQuantizedMatmul",
     "pallas_kernels.attention": "NativeAttention",
     "pallas_kernels.attention_backward": "NativeAttentionBackward",
     "pallas_kernels.paged_attention": "NativePagedAttention",

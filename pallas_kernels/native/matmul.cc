@@ -6,6 +6,7 @@
 // a time is packed, which then serves all rows. Of weights [K, N] it is two rows interleaved, cheap enough for any x.
 
 #include "parallel.h"
+#include "quantize.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -22,7 +23,6 @@ constexpr int64_t kPiece = 32 << 10;        // bytes of weights that are worth a
 constexpr int64_t kPacked = 256 << 10;      // bytes of packed weights that stay in a core's cache
 constexpr int64_t kDeep = 128, kWide = 24;  // inputs, and panels of outputs, that are packed at once for few rows
 constexpr int64_t kAhead = 16;              // rows of weights that are asked of the memory before they are packed
-constexpr float kTiny = 1.17549435e-38f;
 
 // x as tiles take it: each row is `bytes` long, and those of sixteen rows are tiles, one after another.
 struct Rows {
@@ -49,16 +49,10 @@ struct Weights {
 // Codes of a row of x, and its scale; NaN where the row has a number that is not finite.
 template <typename X>
 float quantize_row(const X* x, int64_t size, int8_t* codes) {
-  Floats most{}, nothing{};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const Floats value = load(x + i);
-    most = larger(most, larger(value, -value));
-    nothing += value - value;
-  }
-  const float top = largest(most) / 127.0f, scale = top > kTiny ? top : kTiny;
-  const float inverse = 1.0f / scale;  // to divide each number takes longer than all the rest
+  const RowScale row = scale_of_row(x, size);
+  const float inverse = 1.0f / row.scale;  // to divide each number takes longer than all the rest
   for (int64_t i = 0; i < size; i += kLanes) store(codes + i / 64 * 1024 + i % 64, load(x + i) * inverse);
-  return scale + sum(nothing);
+  return row.scale + row.nan;
 }
 
 // The scales of sixteen outputs; of those past the last one, zeros.

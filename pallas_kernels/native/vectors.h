@@ -56,9 +56,13 @@ inline Floats load(const uint16_t* from) {
   return bits<Floats>(__builtin_convertvector(x, Words) << 16);
 }
 inline Floats load(const int8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // where the compiler converts one by one
+  return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
   Bytes x;
   std::memcpy(&x, from, sizeof(x));
   return __builtin_convertvector(x, Floats);
+#endif
 }
 
 inline Halves to_bfloat16(Floats x) {  // to the nearest, ties to even

@@ -1,4 +1,7 @@
-"""W8A8 products by the processor's int8 tiles (`native/matmul.cc`)."""
+"""Products with int8 weights on the host's processor, by AMX tiles where it has them and for W8A8, else by vectors.
+
+`native/matmul.cc` and `native/vector_quantized_matmul.cc`.
+"""
 
 from typing import Any
 
@@ -11,30 +14,35 @@ from pallas_kernels.native import native
 from pallas_kernels.quantized_matmul.reference import finish
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
-STEP = 64  # codes of a row that a tile takes at once
+STEP = 64  # codes of a row that a tile takes at once, and a whole number of registers
+MOST_ROWS = 48  # of x as it is: more are faster with the weights widened once
 
 
 def quantized_matmul(
     x: Array, w: QuantizedTensor, bias: Array | None, *, activations: str | None, activation: str | None, out_dtype: Any
 ) -> Array:
     """See `api.quantized_matmul`; x is [M, K]."""
-    del activations
     plain = bias is None and activation is None and out_dtype in (jnp.float32, jnp.bfloat16)
     out = jax.ShapeDtypeStruct((len(x), w.data.shape[0]), out_dtype if plain else jnp.float32)
     x = jnp.pad(x, ((0, 0), (0, w.padded_size - w.size)))
-    call = jax.ffi.ffi_call("pallas_kernels.quantized_matmul", out, vmap_method="sequential")
-    return finish(call(x, w.data, w.scales[0]), bias, activation, out_dtype)
+    codes = activations == "int8"
+    if codes and native().tiles:
+        call = jax.ffi.ffi_call("pallas_kernels.quantized_matmul", out, vmap_method="sequential")
+        return finish(call(x, w.data, w.scales[0]), bias, activation, out_dtype)
+    call = jax.ffi.ffi_call("pallas_kernels.vector_quantized_matmul", out, vmap_method="sequential")
+    return finish(call(x, w.data, w.scales[0], codes=codes), bias, activation, out_dtype)
 
 
 def refuse(chip: Chip, arguments: Arguments) -> str | None:
-    x, w = arguments["x"], arguments["w"]
-    if arguments["activations"] != "int8" or w.bits != 8:
-        return "multiplies int8 by int8 only"
+    x, w, activations = arguments["x"], arguments["w"], arguments["activations"]
+    if activations not in (None, "int8") or w.bits != 8:
+        return "takes weights of int8, and activations as they are or in int8"
     if w.axis != -1 or w.zeros is not None or w.scales.shape[0] != 1:
         return "takes weights [N, K] with one scale an output and no zero points"
     if w.padded_size % STEP:
         return f"takes inputs in steps of {STEP}, which {w.padded_size} is not a multiple of"
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16, not {x.dtype}"
-    found = native()
-    return found.missing or (None if found.tiles else "needs a processor with AMX")
+    if activations is None and len(x) > MOST_ROWS:
+        return f"takes at most {MOST_ROWS} rows that are not quantised, not {len(x)}"
+    return native().missing or None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pallas_kernels import cpu, dispatch, quantize, quantized_matmul
 from pallas_kernels.native import native
 from pallas_kernels.paged_attention.api import cascade_attention, paged_attention
+from pallas_kernels.quantized_matmul import cpu as quantized_cpu
 from tests.pallas_kernels.ragged_pages import expected, make
 
 here = native()
@@ -136,21 +137,24 @@ def test_many_threads_at_once_get_their_own_answers():
                 np.testing.assert_allclose(answer, expected(batch)[0], atol=3e-5)
 
 
-@needs_tiles
-@settings(max_examples=40)
+@needs_compiler
+@settings(max_examples=60)
 @given(
     rows=st.sampled_from([1, 2, 16, 17, 33, 48, 49, 64, 300]),
     inputs=st.sampled_from([64, 100, 576]),
     outputs=st.sampled_from([1, 16, 31, 32, 100, 513]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     out_dtype=st.sampled_from(["float32", "bfloat16"]),
+    tiles=st.sampled_from([False, here.tiles]),
     seed=st.integers(0, 99),
 )
-def test_w8a8_products(rows, inputs, outputs, dtype, out_dtype, seed):
+def test_w8a8_products(rows, inputs, outputs, dtype, out_dtype, tiles, seed):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((rows, inputs)), dtype)
     w = quantize(jnp.asarray(rng.standard_normal((outputs, inputs)), jnp.float32), axis=-1)
-    out = quantized_matmul(x, w, activations="int8", out_dtype=out_dtype, implementation="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized_cpu, "native", lambda: here._replace(tiles=tiles))
+        out = quantized_matmul(x, w, activations="int8", out_dtype=out_dtype, implementation="cpu")
     values = np.asarray(x, np.float32)
     scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
     codes = np.round(values * (np.float32(1) / scale)).astype(np.int64)
@@ -159,7 +163,25 @@ def test_w8a8_products(rows, inputs, outputs, dtype, out_dtype, seed):
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=8e-3 if out_dtype == "bfloat16" else 1e-6)
 
 
-@needs_tiles
+@needs_compiler
+@settings(max_examples=40)
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 17, 48]),
+    inputs=st.sampled_from([64, 100, 576]),
+    outputs=st.sampled_from([1, 31, 32, 513]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+def test_w8a16_products(rows, inputs, outputs, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((rows, inputs)), dtype)
+    w = quantize(jnp.asarray(rng.standard_normal((outputs, inputs)), jnp.float32), axis=-1)
+    out = quantized_matmul(x, w, out_dtype="float32", implementation="cpu")
+    want = np.asarray(x, np.float64) @ np.asarray(w.data[:, :inputs], np.float64).T * np.asarray(w.scales, np.float64)
+    np.testing.assert_allclose(out, want, atol=1e-6 * np.abs(want).max())
+
+
+@needs_compiler
 def test_a_bias_an_activation_and_a_gradient():
     rng = np.random.default_rng(0)
     x, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 128), (96,)))
@@ -212,7 +234,7 @@ def test_gradients_of_a_product_in_float32(transposed):
         np.testing.assert_allclose(np.asarray(got, np.float32), grad, atol=3e-2 * np.abs(grad).max())
 
 
-@needs_tiles
+@needs_compiler
 def test_what_is_not_a_number_stays_so():
     """In its own row: nothing may look healthy that is not."""
     w = quantize(jnp.ones((32, 64)), axis=-1)
@@ -233,7 +255,7 @@ def rest(batch, pages) -> dict:
     return {"pages": pages} | dict(zip(names, batch.arrays()[4:], strict=True))
 
 
-@needs_tiles
+@needs_compiler
 def test_a_row_of_zeros_is_zeros():
     w = quantize(jnp.ones((32, 64)), axis=-1)
     assert not np.asarray(quantized_matmul(jnp.zeros((2, 64)), w, activations="int8", implementation="cpu")).any()
