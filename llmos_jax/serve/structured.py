@@ -45,7 +45,7 @@ class Vocabulary:
             raise ValueError("the tokenizer has no token that ends an answer, without which no grammar can be followed")
         backend = tokenizer.backend
         source: Any = (
-            backend.with_special.to_str() if isinstance(backend, JsonBackend) else _Pieces(tokenizer, vocab_size)
+            backend.plain.to_str() if isinstance(backend, JsonBackend) else _Pieces(tokenizer, vocab_size)
         )
         self.num_words = -(-vocab_size // 32)
         self._tokenizer = llguidance.LLTokenizer(source, n_vocab=vocab_size, eos_token=eos_ids)
