@@ -17,6 +17,7 @@ import pytest
 from llmos_jax import opening, overrides
 from llmos_jax.compiler import watch
 from llmos_jax.config import MeshConfig, UserError
+from llmos_jax.models.weights import dequantize
 from llmos_jax.models.weights import gguf as ours
 from llmos_jax.runtime.metrics import read_metrics
 from llmos_jax.sharding import make_mesh
@@ -109,7 +110,7 @@ def model_file(tmp_path) -> Path:
 def test_a_gguf_is_read_once_and_as_its_own_library_reads_it(model_file, monkeypatch):
     theirs = gguf.GGUFReader(model_file)
     monkeypatch.setattr(gguf, "GGUFReader", None)  # nothing opens the file through it, slowly and again
-    monkeypatch.setattr(ours, "PIECE", 96)  # several pieces a tensor, the last one short
+    monkeypatch.setattr(dequantize, "PIECE", 96)  # several pieces a tensor, the last one short
     ours._read_header.cache_clear()
     source = opening.find(str(model_file))
     assert opening.tokenizer_of(source).encode("abba") == [3, 1, 0]
@@ -124,7 +125,9 @@ def test_a_gguf_is_read_once_and_as_its_own_library_reads_it(model_file, monkeyp
     kinds = set()
     for one, other in zip(file.tensors, theirs.tensors, strict=True):
         assert (one.name, one.tensor_type, one.shape) == (other.name, other.tensor_type, tuple(other.shape.tolist()))
-        np.testing.assert_array_equal(ours.dequantize(one), gguf.dequantize(other.data, other.tensor_type))
+        np.testing.assert_array_equal(
+            dequantize.dequantize(one.data, one.tensor_type), gguf.dequantize(other.data, other.tensor_type)
+        )
         kinds.add(one.tensor_type.name)
     assert kinds == {"Q4_1", "F32"}
 
