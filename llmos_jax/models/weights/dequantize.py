@@ -1,4 +1,4 @@
-"""The numbers in a GGUF's blocks: those that the `gguf` package computes, bit for bit, in a third of the time.
+"""The numbers in a GGUF's blocks: those that the `gguf` package computes, bit for bit, in half of the time or less.
 
 The package works along the 16 or 32 numbers of a block, which is short for numpy; and most matrices must be turned
 afterwards, since their rows in the file are our columns. Here the bytes are turned instead, which are fewer: the first
@@ -19,10 +19,10 @@ PIECE = 2**18  # numbers that a thread makes at once: they stay in its cache fro
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 
 
-def dequantize(data: np.ndarray, kind: Kind) -> np.ndarray:
+def dequantize(data: np.ndarray, kind: Kind, by_columns: bool = False) -> np.ndarray:
     """float32 [rows..., columns] of floats, or of the bytes of blocks, uint8 [rows..., bytes]; in threads.
 
-    Of most types the first column lies first in memory, then the second, ...
+    by_columns: whether what is made of blocks lies in memory by its columns, as it is best read when it is turned.
     Raises NotImplementedError for a type that neither this file nor the package knows.
     """
     if kind in FLOATS:
@@ -32,17 +32,29 @@ def dequantize(data: np.ndarray, kind: Kind) -> np.ndarray:
     if kind not in UNPACK:
         return _by_package(blocks, kind).reshape(*data.shape[:-1], -1)
     rows, count, _ = blocks.shape
-    numbers = np.empty((count, size, rows), np.float32)
-    num_rows = min(rows, PIECE // size)
+    if by_columns:
+        num_rows = min(rows, PIECE // size)
+        columns = np.empty((count, size, rows), np.float32)
+        numbers = np.moveaxis(columns.reshape(count * size, *data.shape[:-1]), 0, -1)
+    else:
+        # The pieces are turned once more: where rows are an odd number of cache lines apart, all of the cache is used.
+        num_rows = PIECE // (count * size) // 32 * 32 + 16
+        numbers = np.empty((rows, count * size), np.float32)
     num_blocks = max(PIECE // (size * num_rows), 1)
 
     def piece(row: int, block: int) -> None:
         part, place = slice(row, row + num_rows), slice(block, block + num_blocks)
-        UNPACK[kind](np.ascontiguousarray(blocks[part, place].transpose(1, 2, 0)), numbers[place, :, part])
+        turned = np.ascontiguousarray(blocks[part, place].transpose(1, 2, 0))
+        if by_columns:
+            UNPACK[kind](turned, columns[place, :, part])
+        else:
+            made = np.empty((len(turned), size, turned.shape[2]), np.float32)
+            UNPACK[kind](turned, made)
+            numbers[part, block * size : (block + len(turned)) * size] = made.reshape(-1, turned.shape[2]).T
 
     starts = [(row, block) for block in range(0, count, num_blocks) for row in range(0, rows, num_rows)]
     list(_threads().map(piece, *zip(*starts, strict=True)))
-    return np.moveaxis(numbers.reshape(count * size, *data.shape[:-1]), 0, -1)
+    return numbers.reshape(*data.shape[:-1], -1) if not by_columns else numbers
 
 
 def _by_package(blocks: np.ndarray, kind: Kind) -> np.ndarray:

@@ -250,7 +250,8 @@ class _Gguf:
         name = self.name(entry, layer)
         tensor = self.tensors[name]
         try:
-            array = dequantize(self._undone(UNDO_ORDER, entry, tensor.data), tensor.tensor_type)
+            data = self._undone(UNDO_ORDER, entry, tensor.data)
+            array = dequantize(data, tensor.tensor_type, by_columns=entry.layout.ours[-1] != entry.layout.file[-1][-1])
         except NotImplementedError as error:
             raise UserError(f"{self.path} has {name} as {tensor.tensor_type.name}, which cannot be read") from error
         array = self._undone(UNDO, entry, array)

@@ -22,15 +22,17 @@ def random_blocks(kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
     return data
 
 
-@pytest.mark.parametrize("piece", [2**18, 2 * 256, 1])
+@pytest.mark.parametrize("piece", [2**18, 17 * 256, 1])
 @pytest.mark.parametrize("kind", [*UNPACK, *BY_PACKAGE], ids=lambda kind: kind.name)
 def test_as_the_package(kind, piece, monkeypatch):
     monkeypatch.setattr(module, "PIECE", max(piece, gguf.GGML_QUANT_SIZES[kind][0]))
     for shape in ((5, 768), (1, 256), (512,), (3, 7, 256)):
         data = random_blocks(kind, shape)
-        found, expected = dequantize(data, kind), gguf.dequantize(data, kind)
-        assert found.dtype == np.float32 and found.shape == shape
-        assert found.tobytes() == expected.tobytes()  # the signs of zeros too
+        expected = gguf.dequantize(data, kind)
+        for by_columns in (False, True):
+            found = dequantize(data, kind, by_columns)
+            assert found.dtype == np.float32 and found.shape == shape
+            assert found.tobytes() == expected.tobytes()  # the signs of zeros too
 
 
 @pytest.mark.parametrize("kind", UNPACK, ids=lambda kind: kind.name)
