@@ -43,7 +43,7 @@ def assemble(
         sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
         if slot.layers is None:
             params[slot.path] = _place(source, slot, None, leaf.shape, leaf.dtype, sharding)
-        elif _is_host(sharding):
+        elif is_on_host(sharding):
             params[slot.path] = _stack_on_host(source, slot, leaf, sharding)
         else:
             stacked = _zeros(leaf.shape, leaf.dtype, sharding)()
@@ -66,7 +66,7 @@ def _place(source: Source, slot: Slot, layer: int | None, shape, dtype, sharding
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))  # type: ignore[arg-type]
 
 
-def _is_host(sharding: Sharding) -> bool:
+def is_on_host(sharding: Sharding) -> bool:
     """Whether an array with `sharding` lies whole in this host's memory, where no program is needed to fill it."""
     first: Any = next(iter(sharding.device_set))
     return sharding.num_devices == 1 and first.platform == "cpu"

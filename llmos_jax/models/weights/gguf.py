@@ -22,6 +22,7 @@ from llmos_jax.config import ModelConfig, UserError
 from llmos_jax.models.families import FAMILIES
 from llmos_jax.models.registry import model_from_gguf
 from llmos_jax.models.weights.assemble import Progress, assemble
+from llmos_jax.models.weights.converted import converted
 from llmos_jax.models.weights.dequantize import FLOATS, dequantize
 from llmos_jax.models.weights.huggingface import few
 from llmos_jax.models.weights.names import Entry, Index, Slot, sizes, slots
@@ -194,7 +195,13 @@ def load(
     """
     source = _Gguf(Path(path), model)
     source.check(abstract)
-    return assemble(model, abstract, source, progress)
+
+    def convert() -> dict[str, jax.Array]:
+        return assemble(model, abstract, source, progress)
+
+    if all(tensor.tensor_type in FLOATS for tensor in source.tensors.values()):
+        return convert()
+    return converted(Path(path), model, abstract, convert)
 
 
 class _Gguf:
