@@ -71,6 +71,9 @@ def test_a_second_run_compiles_nothing_and_is_the_same_run(tmp_path):
             [row["loss"] for row in read_metrics(tmp_path / workdir / "metrics.jsonl") if row["kind"] == "train"]
         )
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+    # The tokenizer is that of the first run, of which the second one's workdir has its own copy.
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
+    assert len({(tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() for name in ("first", "second")}) == 1
     # Going on compiles nothing either: restoring, evaluating and saving included.
     compiled, summary = llmos(
         tmp_path, "train", config, "--workdir", tmp_path / "second", "--set", "train.eval_every=6"
@@ -144,8 +147,11 @@ def test_a_gguf_aligned_to_nothing_is_refused(tmp_path):
 def test_a_second_answer_of_a_gguf_compiles_nothing(tmp_path, model_file):
     first, answer = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
     assert {"jit(prefill)", "jit(decode)"} == set(first)  # and nothing else: the weights are placed without a program
+    (weights,) = (tmp_path / "home" / "executables").glob("*.weights")
+    content = weights.read_bytes()
     second, same = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
     assert second == [] and same["tokens"] == answer["tokens"]
+    assert weights.read_bytes() == content  # mapped, not made again: that would tell how long it took this time
 
 
 def recompile(monkeypatch) -> None:

@@ -23,8 +23,8 @@ TEKKEN_SPLIT = (
 
 
 class JsonBackend:
-    def __init__(self, tokenizer: Tokenizer):
-        """Takes `tokenizer` over: to it, special tokens in a text are plain text."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
+        """Takes `tokenizer` over: to it, special tokens in a text are plain text. vocab_size: where it is known."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
@@ -32,7 +32,9 @@ class JsonBackend:
         added = tokenizer.get_added_tokens_decoder().values()
         special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if vocab_size is None:
+            vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
 
     @cached_property
     def with_special(self) -> Tokenizer:
@@ -132,7 +134,7 @@ def from_gguf_lists(tokens: list[str], merges: list[str], types: list[int], pre:
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == user_defined]
     )
-    return JsonBackend(tokenizer)
+    return JsonBackend(tokenizer, len(tokens))
 
 
 def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> JsonBackend:

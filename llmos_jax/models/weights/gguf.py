@@ -9,7 +9,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,17 +140,20 @@ class _Cursor:
         return found
 
     def text(self) -> str:
-        return next(self._texts(1))
+        return self._texts(1)[0]
 
-    def _texts(self, count: int) -> Iterator[str]:
+    def _texts(self, count: int) -> list[str]:
         """Written for speed: a vocabulary has hundreds of thousands."""
-        data, length = self.data, struct.Struct("<Q").unpack_from
+        data, length, at, end = self.data, struct.Struct("<Q").unpack_from, self.at, len(self.data)
+        texts = []
         for _ in range(count):
-            (size,) = length(data, self.at)
-            start, self.at = self.at + 8, self.at + 8 + size
-            if self.at > len(data):
+            start = at + 8
+            at = start + length(data, at)[0]
+            if at > end:
                 raise ValueError("a text goes beyond its end")
-            yield data[start : self.at].decode()
+            texts.append(data[start:at].decode())
+        self.at = at
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -158,7 +161,7 @@ class _Cursor:
         if kind == _ARRAY:
             of, count = self.numbers("IQ")
             if of == _STRING:
-                return list(self._texts(count))
+                return self._texts(count)
             if of == _ARRAY:
                 return [self.value(of) for _ in range(count)]
             return list(self.numbers(f"{count}{_NUMBERS[of]}"))
