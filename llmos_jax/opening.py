@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from llmos_jax import overrides
 from llmos_jax.config import ModelConfig, UserError, check_model
 from llmos_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from llmos_jax.models.decoder import Params, abstract_params
+from llmos_jax.models.parameters import Params, known_params
 from llmos_jax.models.weights import load_model_config, load_weights
 from llmos_jax.runtime import store
 from llmos_jax.runtime.workdir import read_file
@@ -57,12 +57,12 @@ def weights_of(source: Source, model: ModelConfig, mesh: Mesh, progress: Progres
 
     `model` is `source.model`, up to how it is computed (dtypes, remat).
     """
-    abstract = abstract_params(model, mesh)
+    abstract = known_params(model, mesh)
     if not source.is_workdir:
         return load_weights(Path(source.path), model, abstract, progress)
     from llmos_jax.runtime.checkpoint import load_params  # what reads checkpoints takes long to import
 
-    stored = abstract_params(source.model, mesh)
+    stored = known_params(source.model, mesh)
     _, params = load_params(source.path, stored)
     return {path: jax.numpy.asarray(params[path], abstract[path].dtype) for path in abstract}
 

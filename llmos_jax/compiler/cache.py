@@ -2,6 +2,7 @@
 
     $LLMOS_HOME/executables/IDENTITY.executable
     $LLMOS_HOME/executables/IDENTITY.weights         (models/weights/converted.py)
+    $LLMOS_HOME/executables/IDENTITY.parameters      (models/parameters.py)
 
 An entry is a line with the sha256 of all that follows, a line of JSON that says what it is, and the pickled executable.
 Entries appear by a rename, so a reader sees a whole one or none; one that is damaged, cut short or not ours is removed
@@ -38,7 +39,7 @@ from pallas_kernels import hopper
 
 MAGIC = b"llmos-executable-1"  # changes with the format
 SUFFIX = ".executable"
-WEIGHTS_SUFFIX = ".weights"
+SUFFIXES = (SUFFIX, ".weights", ".parameters")  # of all that is counted and removed here
 DEFAULT_LIMIT = 10 * 2**30  # bytes, all entries together
 LONGEST_WAIT = 600.0  # seconds for another process that compiles the same program, or for the others of a run
 
@@ -312,7 +313,7 @@ def folder() -> Path | None:
 
 def _all_files() -> list[Path]:
     with contextlib.suppress(OSError):
-        return [file for file in (home() / "executables").iterdir() if file.suffix in (SUFFIX, WEIGHTS_SUFFIX)]
+        return [file for file in (home() / "executables").iterdir() if file.suffix in SUFFIXES]
     return []
 
 

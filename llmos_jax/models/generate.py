@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, UserError
-from llmos_jax.models.attention import Cache
-from llmos_jax.models.decoder import Params, Unstacked, abstract_params, bind, logical_dims
+from llmos_jax.models.cache import Cache
+from llmos_jax.models.parameters import Params, known_params
 from llmos_jax.sharding import RULES, replicated, sharding
 
 SMALLEST_BUCKET = 32
@@ -30,11 +30,15 @@ def bucket(length: int, most: int) -> int:
     return min(size, most)
 
 
+if TYPE_CHECKING:
+    from llmos_jax.models.decoder import Unstacked
+
+
 class Generator:
     """Generates from one prompt at a time. Programs are compiled when a length is first seen, and kept."""
 
     def __init__(self, model: ModelConfig, params: Params | Callable[[], Params], mesh: Mesh):
-        """params: or what reads them, as `abstract_params(model, mesh)`: called once, beside the first compilation."""
+        """params: or what reads them, laid out as `known_params(model, mesh)`: called once, beside the first compilation."""
         self._model, self._mesh = model, mesh
         self._read: Callable[[], Params] | None = params if callable(params) else None
         self._unstack = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
@@ -117,14 +121,14 @@ class Generator:
             return prefill_program(self._model, self._mesh, params, 1, length, size).compile()
         return decode_program(self._model, self._mesh, params, 1, size).compile()
 
-    def _laid_out(self, params: Params) -> Params | Unstacked:
+    def _laid_out(self, params: Params) -> "Params | Unstacked":
         return _unstacked(params, self._mesh) if self._unstack else params
 
     def _abstract(self):
         """Of the parameters as the programs take them, whether they have been read or not."""
         if self._params is not None:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._params)
-        params = abstract_params(self._model, self._mesh)
+        params = known_params(self._model, self._mesh)
         if not self._unstack:
             return params
         alone = replicated(self._mesh)
@@ -137,7 +141,7 @@ class Generator:
         return {path: of(path, leaf) for path, leaf in params.items()}
 
 
-def _unstacked(params: Params, mesh: Mesh) -> Unstacked:
+def _unstacked(params: Params, mesh: Mesh) -> "Unstacked":
     """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step.
 
     The slices are taken by the host, whose memory this is: nothing is compiled for it.
@@ -151,6 +155,8 @@ def _unstacked(params: Params, mesh: Mesh) -> Unstacked:
 
 def abstract_serving_params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """Parameters in the dtype of computation, each layer's as arrays of their own: nothing is sliced out of a stack."""
+    from llmos_jax.models.decoder import abstract_params, logical_dims
+
     names = logical_dims(model)
 
     def of(path: str, shape: tuple[int, ...]) -> Any:
@@ -198,6 +204,12 @@ def _choose(logits: Float[Array, "V"], temperature, seed, position) -> Int[Array
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))[None].astype(jnp.int32)
 
 
+def _bound(model: ModelConfig, params):
+    from llmos_jax.models.decoder import bind  # a program that was compiled before needs none of it
+
+    return bind(model, params)
+
+
 def prefill_program(model: ModelConfig, mesh: Mesh, params, batch: int, length: int, size: int) -> Program:
     """(params, tokens [B, T], prompt lengths [B], temperatures [B], seeds [B]) -> (first tokens [B, 1], cache).
 
@@ -209,7 +221,7 @@ def prefill_program(model: ModelConfig, mesh: Mesh, params, batch: int, length: 
 
 
 def prefill(model: ModelConfig, size: int, params, tokens, prompt_lengths, temperature, seed):
-    decoder, batch = bind(model, params), tokens.shape[0]
+    decoder, batch = _bound(model, params), tokens.shape[0]
     output = decoder(tokens, cache=_empty_cache(model, batch, size), offset=jnp.zeros((batch,), jnp.int32))
     last = jnp.take_along_axis(output.hidden, (prompt_lengths - 1)[:, None, None], axis=1)
     return _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_lengths), output.cache
@@ -227,12 +239,12 @@ def decode_program(model: ModelConfig, mesh: Mesh, params, batch: int, size: int
 
 
 def decode(model: ModelConfig, params, tokens, positions, cache, temperature, seed):
-    decoder = bind(model, params)
+    decoder = _bound(model, params)
     output = decoder(tokens, cache=cache, offset=positions)
     return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, positions + 1), output.cache
 
 
 def score(model: ModelConfig, params, tokens):
-    decoder = bind(model, params)
+    decoder = _bound(model, params)
     cache = _empty_cache(model, 1, tokens.shape[1])
     return decoder.logits(decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]

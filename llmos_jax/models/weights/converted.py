@@ -32,6 +32,7 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 Params = dict[str, jax.Array]
 
 MAGIC = b"llmos-weights-1"  # changes with the format
+SUFFIX = ".weights"
 BOUNDARY = 4096  # an array begins at a multiple of it: XLA takes over what is aligned, without a copy
 SHARE = 4  # of the cache's size limit, one model may take this part
 
@@ -46,7 +47,7 @@ def converted(source: Path, model: ModelConfig, abstract: Abstract, convert: Cal
     folder = cache.folder() if size <= cache.size_limit() // SHARE else None
     if folder is None or not all(leaf.sharding and is_on_host(leaf.sharding) for leaf in abstract.values()):
         return convert()
-    file = folder / f"{_identity(source, model, abstract)}{cache.WEIGHTS_SUFFIX}"
+    file = folder / f"{_identity(source, model, abstract)}{SUFFIX}"
     try:
         return _map(file, abstract)
     except FileNotFoundError:
