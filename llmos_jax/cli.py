@@ -15,6 +15,7 @@ from typing import Any
 
 from llmos_jax import __version__
 from llmos_jax.config import UserError
+from llmos_jax.runtime.imports import importing
 from llmos_jax.serve.arguments import add_commands
 
 
@@ -126,10 +127,11 @@ def train(args: argparse.Namespace) -> int:
     resolved = overrides.load_config(args.config, args.set)
     check(resolved)  # before jax is loaded: a typing mistake is told at once
 
-    from llmos_jax.runtime import distributed
-    from llmos_jax.train.loop import TooLarge
-    from llmos_jax.train.loop import train as run_training
-    from llmos_jax.train.prepare import prepare
+    with importing():
+        from llmos_jax.runtime import distributed
+        from llmos_jax.train.loop import TooLarge
+        from llmos_jax.train.loop import train as run_training
+        from llmos_jax.train.prepare import prepare
 
     distributed.start()
     run = prepare(resolved, args.workdir, say)
@@ -152,31 +154,35 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace):
-    """(tokenizer, model, params, mesh) of args.model on one device, for a command that asks it something."""
-    import jax
+    """(tokenizer, model, what reads its parameters, mesh) of args.model on one device, for a command that asks it."""
+    import functools
 
-    from llmos_jax import opening
-    from llmos_jax.config import MeshConfig
-    from llmos_jax.runtime.distributed import start
-    from llmos_jax.sharding import make_mesh
+    with importing():
+        import jax
+
+        from llmos_jax import opening
+        from llmos_jax.config import MeshConfig
+        from llmos_jax.runtime.distributed import start
+        from llmos_jax.sharding import make_mesh
 
     start()
     source = opening.find(args.model)
     tokenizer = opening.tokenizer_of(source)
     model = opening.for_inference(source.model, args.dtype)
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    return tokenizer, model, opening.weights_of(source, model, mesh), mesh
+    return tokenizer, model, functools.partial(opening.weights_of, source, model, mesh), mesh
 
 
 def generate(args: argparse.Namespace) -> int:
-    from llmos_jax.models.generate import Generator
+    with importing():
+        from llmos_jax.models.generate import Generator
 
-    tokenizer, model, params, mesh = _open(args)
+    tokenizer, model, read, mesh = _open(args)
     if args.chat:
         prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
     else:
         prompt = tokenizer.encode_prompt(args.prompt)
-    generator, stream, pieces, ids = Generator(model, params, mesh), tokenizer.stream(), [], []
+    generator, stream, pieces, ids = Generator(model, read, mesh), tokenizer.stream(), [], []
     drawing = {"temperature": args.temperature, "seed": args.seed, "stop_ids": tokenizer.eos_ids}
 
     def emit(piece: str) -> None:
@@ -211,8 +217,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from llmos_jax.train.prepare import data_progress
     from llmos_jax.train.step import eval_program
 
-    tokenizer, model, params, mesh = _open(args)
-    seq_len = min(args.seq_len, model.max_seq_len)
+    tokenizer, model, read, mesh = _open(args)
+    params, seq_len = read(), min(args.seq_len, model.max_seq_len)
     resolved = RunConfig(
         model=model,
         data=DataConfig(eval_sources=tuple(SourceConfig(path, format=args.format) for path in args.data)),
@@ -311,7 +317,8 @@ def cache(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from llmos_jax.serve.command import run_serve
+    with importing():
+        from llmos_jax.serve.command import run_serve
 
     return run_serve(args, say)
 

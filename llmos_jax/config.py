@@ -173,7 +173,7 @@ class DataConfig:
     tokenizer: str = ""  # a model folder, a pulled model's name, a tokenizer file; empty: that of init_from;
     #                      "train": BPE is trained on the corpus
     tokenizer_vocab_size: int = 0  # for tokenizer="train"; 0: model.vocab_size
-    cache_dir: str = ""  # of token stores; empty: $LLMOS_HOME/data
+    cache_dir: str = ""  # of token stores and trained tokenizers; empty: $LLMOS_HOME/data
     num_threads: int = 2  # that read and pack rows
     prefetch: int = 8  # batches held ready on the host
     cache_bytes: int = 256 * 2**20  # TensorStore's cache pool

@@ -1,9 +1,9 @@
 """Opens a model wherever it is: pulled by name, in a folder or file, or the last checkpoint of a training workdir."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from llmos_jax import overrides
 from llmos_jax.config import ModelConfig, UserError, check_model
 from llmos_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from llmos_jax.models.decoder import Params, abstract_params
+from llmos_jax.models.parameters import Params, known_params
 from llmos_jax.models.weights import load_model_config, load_weights
-from llmos_jax.models.weights.gguf import open_gguf
 from llmos_jax.runtime import store
 from llmos_jax.runtime.workdir import read_file
 
@@ -41,10 +40,16 @@ def find(reference: str) -> Source:
 
 def tokenizer_of(source: Source) -> Tokenizer:
     folder = Path(source.path) / "tokenizer" if source.is_workdir else Path(source.path)
-    # A GGUF was read for the configuration already, and is not read again.
-    tokenizer = load_tokenizer(folder, lambda file: open_gguf(file).fields)
+    tokenizer = load_tokenizer(folder, _gguf_fields)
     check_fits(tokenizer, source.model)
     return tokenizer
+
+
+def _gguf_fields(file: Path) -> Mapping[str, Any]:
+    """The file was read for the configuration already, and is not read again."""
+    from llmos_jax.models.weights.gguf import open_gguf  # takes long to import
+
+    return open_gguf(file).fields
 
 
 def weights_of(source: Source, model: ModelConfig, mesh: Mesh, progress: Progress | None = None) -> Params:
@@ -52,12 +57,12 @@ def weights_of(source: Source, model: ModelConfig, mesh: Mesh, progress: Progres
 
     `model` is `source.model`, up to how it is computed (dtypes, remat).
     """
-    abstract = abstract_params(model, mesh)
+    abstract = known_params(model, mesh)
     if not source.is_workdir:
         return load_weights(Path(source.path), model, abstract, progress)
     from llmos_jax.runtime.checkpoint import load_params  # what reads checkpoints takes long to import
 
-    stored = abstract_params(source.model, mesh)
+    stored = known_params(source.model, mesh)
     _, params = load_params(source.path, stored)
     return {path: jax.numpy.asarray(params[path], abstract[path].dtype) for path in abstract}
 

@@ -99,3 +99,15 @@ def test_loading_it_does_not_load_jax(module):
     )
     loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["llmos_jax.models.generate", "llmos_jax.opening", "llmos_jax.train.loop"])
+def test_a_start_loads_nothing_that_only_some_need(module):
+    """Kernels of chips that are not there, the templates of conversations, the package of one file format; for a program
+    that was compiled before, what it was made of."""
+    names = ["jax.experimental.pallas.tpu", "jax.experimental.pallas.mosaic_gpu", "jinja2", "gguf"]
+    if module != "llmos_jax.train.loop":
+        names += ["flax", "optax", "orbax"]
+    check = f"import sys, {module}; print([m for m in {names} if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"

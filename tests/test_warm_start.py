@@ -17,6 +17,7 @@ import pytest
 from llmos_jax import opening, overrides
 from llmos_jax.compiler import watch
 from llmos_jax.config import MeshConfig, UserError
+from llmos_jax.models.weights import dequantize
 from llmos_jax.models.weights import gguf as ours
 from llmos_jax.runtime.metrics import read_metrics
 from llmos_jax.sharding import make_mesh
@@ -70,6 +71,9 @@ def test_a_second_run_compiles_nothing_and_is_the_same_run(tmp_path):
             [row["loss"] for row in read_metrics(tmp_path / workdir / "metrics.jsonl") if row["kind"] == "train"]
         )
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+    # The tokenizer is that of the first run, of which the second one's workdir has its own copy.
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1
+    assert len({(tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() for name in ("first", "second")}) == 1
     # Going on compiles nothing either: restoring, evaluating and saving included.
     compiled, summary = llmos(
         tmp_path, "train", config, "--workdir", tmp_path / "second", "--set", "train.eval_every=6"
@@ -109,7 +113,7 @@ def model_file(tmp_path) -> Path:
 def test_a_gguf_is_read_once_and_as_its_own_library_reads_it(model_file, monkeypatch):
     theirs = gguf.GGUFReader(model_file)
     monkeypatch.setattr(gguf, "GGUFReader", None)  # nothing opens the file through it, slowly and again
-    monkeypatch.setattr(ours, "PIECE", 96)  # several pieces a tensor, the last one short
+    monkeypatch.setattr(dequantize, "PIECE", 96)  # several pieces a tensor, the last one short
     ours._read_header.cache_clear()
     source = opening.find(str(model_file))
     assert opening.tokenizer_of(source).encode("abba") == [3, 1, 0]
@@ -124,7 +128,9 @@ def test_a_gguf_is_read_once_and_as_its_own_library_reads_it(model_file, monkeyp
     kinds = set()
     for one, other in zip(file.tensors, theirs.tensors, strict=True):
         assert (one.name, one.tensor_type, one.shape) == (other.name, other.tensor_type, tuple(other.shape.tolist()))
-        np.testing.assert_array_equal(ours.dequantize(one), gguf.dequantize(other.data, other.tensor_type))
+        np.testing.assert_array_equal(
+            dequantize.dequantize(one.data, one.tensor_type), gguf.dequantize(other.data, other.tensor_type)
+        )
         kinds.add(one.tensor_type.name)
     assert kinds == {"Q4_1", "F32"}
 
@@ -141,8 +147,11 @@ def test_a_gguf_aligned_to_nothing_is_refused(tmp_path):
 def test_a_second_answer_of_a_gguf_compiles_nothing(tmp_path, model_file):
     first, answer = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
     assert {"jit(prefill)", "jit(decode)"} == set(first)  # and nothing else: the weights are placed without a program
+    (weights,) = (tmp_path / "home" / "executables").glob("*.weights")
+    content = weights.read_bytes()
     second, same = llmos(tmp_path, "generate", model_file, "abba", "--max-tokens", 4)
     assert second == [] and same["tokens"] == answer["tokens"]
+    assert weights.read_bytes() == content  # mapped, not made again: that would tell how long it took this time
 
 
 def recompile(monkeypatch) -> None:

@@ -1,6 +1,8 @@
 """Executables on disk: what was compiled once is loaded in every process after it.
 
     $LLMOS_HOME/executables/IDENTITY.executable
+    $LLMOS_HOME/executables/IDENTITY.weights         (models/weights/converted.py)
+    $LLMOS_HOME/executables/IDENTITY.parameters      (models/parameters.py)
 
 An entry is a line with the sha256 of all that follows, a line of JSON that says what it is, and the pickled executable.
 Entries appear by a rename, so a reader sees a whole one or none; one that is damaged, cut short or not ours is removed
@@ -37,6 +39,7 @@ from pallas_kernels import hopper
 
 MAGIC = b"llmos-executable-1"  # changes with the format
 SUFFIX = ".executable"
+SUFFIXES = (SUFFIX, ".weights", ".parameters")  # of all that is counted and removed here
 DEFAULT_LIMIT = 10 * 2**30  # bytes, all entries together
 LONGEST_WAIT = 600.0  # seconds for another process that compiles the same program, or for the others of a run
 
@@ -115,15 +118,15 @@ def load_or_build(
     Of several processes on this machine that need the same program at once, one compiles and the others wait. The
     processes of one run either all load it or all compile, since GPUs divide their tuning among them.
     """
-    folder = _folder()
-    if folder is None and jax.process_count() == 1:
+    place = folder()
+    if place is None and jax.process_count() == 1:
         return build(), None
-    file = (folder or Path()) / f"{identity}{SUFFIX}"
+    file = (place or Path()) / f"{identity}{SUFFIX}"
     several = can_load(mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
-    found = _load(file, identity, mesh) if folder else None
+    found = _load(file, identity, mesh) if place else None
     if several and not _everybody(found is not None):
         found = None
-    if found or folder is None:
+    if found or place is None:
         return found or (build(), None)
     with _turn(file) as waited:
         if waited and not several and (found := _load(file, identity, mesh)):
@@ -189,7 +192,7 @@ def _load(file: Path, identity: str, mesh: Mesh) -> tuple[jax.stages.Compiled | 
         return None
     except Exception as error:  # whatever a bad file makes unpickling or the runtime raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _say(f"the cached executable {file.name[:16]} cannot be used ({why}); it is removed and compiled again")
+        say(f"the cached executable {file.name[:16]} cannot be used ({why}); it is removed and compiled again")
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
         return None
@@ -240,7 +243,7 @@ def _store(file: Path, identity: str, name: str, mesh: Mesh, compiled: jax.stage
             draft.unlink(missing_ok=True)
         prune()
     except Exception as error:  # a backend that cannot serialize, a full disk
-        _say(f"the {name} program is not cached: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        say(f"the {name} program is not cached: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
         seal, line = opened.readline(200), opened.readline(2**20)
     try:
-        header = json.loads(line) if seal.startswith(MAGIC + b" ") else {}
+        header = json.loads(line) if seal.startswith(b"llmos-") else {}
     except ValueError:
         return {}
     return header if isinstance(header, dict) else {}
@@ -291,26 +294,26 @@ def _turn_jax_cache(on: bool) -> None:
 # The folder, and the other processes.
 
 
-def _folder() -> Path | None:
+def folder() -> Path | None:
     """Where entries are, made if need be; None where there can be no cache, which is said."""
     if not size_limit():
         return None
-    folder = home() / "executables"
+    place = home() / "executables"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = place.stat()
     except OSError as error:
-        _say(f"compiled programs are not cached: {folder} cannot be used ({error.strerror})")
+        say(f"compiled programs are not cached: {place} cannot be used ({error.strerror})")
         return None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        _say(f"compiled programs are not cached: others may write {folder}; make it yours alone with chmod 700")
+        say(f"compiled programs are not cached: others may write {place}; make it yours alone with chmod 700")
         return None
-    return folder
+    return place
 
 
 def _all_files() -> list[Path]:
     with contextlib.suppress(OSError):
-        return [file for file in (home() / "executables").iterdir() if file.suffix == SUFFIX]
+        return [file for file in (home() / "executables").iterdir() if file.suffix in SUFFIXES]
     return []
 
 
@@ -372,7 +375,7 @@ def _everybody(found: bool) -> bool:
             for process in range(jax.process_count())
         ]
     except Exception as error:
-        _say(f"the other processes did not say whether they have a compiled program ({error}); it is compiled")
+        say(f"the other processes did not say whether they have a compiled program ({error}); it is compiled")
         return False
     return all(answer == "1" for answer in answers)
 
@@ -380,7 +383,8 @@ def _everybody(found: bool) -> bool:
 _said: set[str] = set()
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Tells it on standard error, once in a process."""
     if message not in _said:
         print(f"llmos: {message}", file=sys.stderr, flush=True)
     _said.add(message)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -22,18 +23,23 @@ TEKKEN_SPLIT = (
 
 
 class JsonBackend:
-    def __init__(self, tokenizer: Tokenizer):
-        # Two objects: `tokenizers` has no way to choose for one call whether special tokens in the text count.
-        self.with_special = tokenizer
-        self.plain = Tokenizer.from_str(tokenizer.to_str())
-        self.plain.encode_special_tokens = True
-        for one in (self.with_special, self.plain):
-            one.no_padding()
-            one.no_truncation()
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
+        """Takes `tokenizer` over: to it, special tokens in a text are plain text. vocab_size: where it is known."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        self.plain = tokenizer
         added = tokenizer.get_added_tokens_decoder().values()
         special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if vocab_size is None:
+            vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
+
+    @cached_property
+    def with_special(self) -> Tokenizer:
+        """A copy, made when a text first asks for it: `tokenizers` cannot choose for one call how to take its tokens."""
+        return Tokenizer.from_str(self.plain.to_str())  # which does not tell how special tokens are taken
 
     def encode(self, text: str, special: bool) -> list[int]:
         return (self.with_special if special else self.plain).encode(text, add_special_tokens=False).ids
@@ -42,23 +48,28 @@ class JsonBackend:
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self.with_special.decode(ids, skip_special_tokens=skip_special)
+        return self.plain.decode(ids, skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        return self.with_special.token_to_id(token)
+        return self.plain.token_to_id(token)
 
     def id_to_token(self, i: int) -> str | None:
-        return self.with_special.id_to_token(i)
+        return self.plain.id_to_token(i)
 
     def starts_with(self, i: int | None) -> bool:
         """Whether the file's own post-processor puts token `i` in front of a text."""
-        return i is not None and self.with_special.encode("a").ids[:1] == [i]
+        return i is not None and self.plain.encode("a").ids[:1] == [i]
 
     def identity(self) -> bytes:
-        return self.with_special.to_str().encode()
+        return self.plain.to_str().encode()
 
     def save(self, folder: Path) -> None:
-        self.with_special.save(str(folder / "tokenizer.json"))
+        self.plain.save(str(folder / "tokenizer.json"))
+
+
+def parse(text: str) -> JsonBackend:
+    """The backend of the text of a `tokenizer.json`, as `JsonBackend.identity` gives it."""
+    return JsonBackend(Tokenizer.from_str(text))
 
 
 def read_json_tokenizer(path: Path) -> JsonBackend:
@@ -123,7 +134,7 @@ def from_gguf_lists(tokens: list[str], merges: list[str], types: list[int], pre:
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == user_defined]
     )
-    return JsonBackend(tokenizer)
+    return JsonBackend(tokenizer, len(tokens))
 
 
 def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> JsonBackend:

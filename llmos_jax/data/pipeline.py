@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -22,7 +21,7 @@ from llmos_jax.data.clean import Cleaner
 from llmos_jax.data.hashing import derived_seed, permutation, text_hash
 from llmos_jax.data.packing import PackedRows, empty_rows
 from llmos_jax.data.sources import check_source, read_documents
-from llmos_jax.data.store import Progress, TokenStore, build_store, chunk_cache, default_directory, is_built
+from llmos_jax.data.store import Progress, TokenStore, build_store, chunk_cache, is_built, stores_directory
 from llmos_jax.data.tokenizer import Tokenizer, check_fits
 
 _OTHER_WAYS = 'name held-out text in data.eval_sources, or make each line a document with format="lines"'
@@ -69,7 +68,7 @@ def build_data(config: RunConfig, tokenizer: Tokenizer, progress: Progress | Non
     if not (data.sources or data.eval_sources):
         raise UserError("data.sources is empty; name at least one source, such as a folder of text")
     check_fits(tokenizer, config.model)
-    directory = Path(data.cache_dir) if data.cache_dir else default_directory()
+    directory = stores_directory(data)
     for source in (*data.sources, *data.eval_sources):
         if not is_built(source, data.clean, tokenizer, directory):
             check_source(source)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from llmos_jax.config import CleanConfig, SourceConfig, UserError, home
+from llmos_jax.config import CleanConfig, DataConfig, SourceConfig, UserError, home
 from llmos_jax.data.clean import DROP_REASONS, Cleaner
 from llmos_jax.data.hashing import text_hash
 from llmos_jax.data.sources import HF_PREFIX, read_documents, source_files, source_fingerprint
@@ -107,9 +107,9 @@ class TokenStore:
             ) from error
 
 
-def default_directory() -> Path:
-    """Where token stores are kept unless data.cache_dir says otherwise: $LLMOS_HOME/data, or ~/.cache/llmos/data."""
-    return home() / "data"
+def stores_directory(data: DataConfig) -> Path:
+    """Where the token stores of a run are kept: data.cache_dir, or $LLMOS_HOME/data."""
+    return Path(data.cache_dir).expanduser() if data.cache_dir else home() / "data"
 
 
 def chunk_cache(num_bytes: int) -> ts.Context:

@@ -3,7 +3,6 @@
 One class for a `tokenizer.json`, a SentencePiece model, the tokenizer inside a GGUF, and a freshly trained BPE.
 """
 
-import datetime
 import hashlib
 import json
 import re
@@ -11,10 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from llmos_jax.config import ModelConfig, UserError
 from llmos_jax.data import json_backend, sentencepiece_backend
@@ -123,16 +118,16 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template; use an instruct model, or give a plain prompt")
-        try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(
-                {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-                | dict.fromkeys(_SPECIAL_NAMES, "")
-                | self.special
-                | variables
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template does not take these messages: {error}") from error
+        from llmos_jax.data import chat_template  # its library is slow to import, and only conversations need it
+
+        defaults = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        special = dict.fromkeys(_SPECIAL_NAMES, "") | self.special
+        return chat_template.render(self.chat_template, defaults | special | variables)
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         return StreamDecoder(self, skip_special)
@@ -206,32 +201,6 @@ class StreamDecoder:
         keep = self.emitted if text else 0  # tokens without text are no context: keep what was before them
         self.ids, self.emitted = self.ids[keep:], end - keep
         return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}, by which templates mark the model's own words for training: the body as it is."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
 
 
 def load_tokenizer(path: Path | str, gguf_fields: GgufFields | None = None) -> Tokenizer:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from llmos_jax.config import ModelConfig
+from llmos_jax.models.cache import Cache
 from llmos_jax.models.layers import (
     INIT_STD,
     Norm,
@@ -40,13 +41,6 @@ WEIGHTS = {
     "v_bias": ("kv_heads", "head_dim"),
     "o_bias": ("norm",),
 }
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer for S tokens."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
 
 
 class Ragged(NamedTuple):

@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig
-from llmos_jax.models.attention import Attention, Cache, Ragged
+from llmos_jax.models.attention import Attention, Ragged
+from llmos_jax.models.cache import Cache
 from llmos_jax.models.layers import INIT_STD, Adapters, Embed, Mlp, Norm, Stack, parameter, rope_tables
 from llmos_jax.models.moe import Moe
+from llmos_jax.models.parameters import Params
 from llmos_jax.models.quantized import QuantizedTensor, product
 from llmos_jax.sharding import constrain, sharding, token_dims
 from pallas_kernels import KVPages
@@ -26,7 +28,6 @@ from pallas_kernels.cpu import NAME as NAME_OF_PRODUCTS
 from pallas_kernels.cpu import matmul_float32
 from pallas_kernels.dispatch import current_chip
 
-Params = dict[str, jax.Array]
 Layer = jax.Array | QuantizedTensor
 Unstacked = dict[str, Layer | tuple[Layer, ...]]  # a stack of layers as one array each
 

@@ -1,9 +1,11 @@
 """Generation: a compiled prefill, a compiled decode step, and a KV cache that both write in place."""
 
+import functools
 import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from llmos_jax.compiler.program import Executable, Program
 from llmos_jax.config import ModelConfig, UserError
-from llmos_jax.models.attention import Cache
-from llmos_jax.models.decoder import Params, Unstacked, abstract_params, bind, logical_dims
+from llmos_jax.models.cache import Cache
+from llmos_jax.models.parameters import Params, known_params
 from llmos_jax.sharding import RULES, replicated, sharding
 
 SMALLEST_BUCKET = 32
@@ -28,14 +30,21 @@ def bucket(length: int, most: int) -> int:
     return min(size, most)
 
 
+if TYPE_CHECKING:
+    from llmos_jax.models.decoder import Unstacked
+
+
 class Generator:
     """Generates from one prompt at a time. Programs are compiled when a length is first seen, and kept."""
 
-    def __init__(self, model: ModelConfig, params: Params, mesh: Mesh):
+    def __init__(self, model: ModelConfig, params: Params | Callable[[], Params], mesh: Mesh):
+        """params: or what reads them, laid out as `known_params(model, mesh)`: called once, beside the first compilation."""
         self._model, self._mesh = model, mesh
-        self._params = _unstacked(params, mesh) if mesh.devices.flat[0].platform == "cpu" and mesh.size == 1 else params
+        self._read: Callable[[], Params] | None = params if callable(params) else None
+        self._unstack = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
+        self._params: Any = None if callable(params) else self._laid_out(params)
         self._programs: dict[tuple[str, int, int], Executable] = {}
-        self.timings: dict[str, float] = {}  # seconds: compile, prefill, decode; tokens: decoded
+        self.timings: dict[str, float] = {}  # seconds: compile (and read), prefill, decode; tokens: decoded
 
     def __call__(
         self,
@@ -61,8 +70,9 @@ class Generator:
         max_tokens = min(max_tokens, room)
         length = bucket(len(prompt), self._model.max_seq_len)
         size = bucket(max(len(prompt) + max_tokens, length), self._model.max_seq_len)
-        self.timings = {"compile": 0.0, "prefill": 0.0, "decode": 0.0, "tokens": 0}
-        prefill, decode = self._program("prefill", length, size), self._program("decode", 1, size)
+        started = time.perf_counter()
+        prefill, decode = self._ready(("prefill", length, size), ("decode", 1, size))
+        self.timings = {"compile": time.perf_counter() - started, "prefill": 0.0, "decode": 0.0, "tokens": 0}
 
         started = time.perf_counter()
         tokens = np.zeros((1, length), np.int32)
@@ -86,23 +96,52 @@ class Generator:
     def logits(self, tokens: list[int]) -> Float[Array, "T V"]:
         """Logits at every position of a text, float32."""
         ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32, sharding=replicated(self._mesh))
-        program = Program("score", score, (self._model,), (_abstract(self._params), ids), self._mesh).compile()
+        self._ready()
+        program = Program("score", score, (self._model,), (self._abstract(), ids), self._mesh).compile()
         return program(self._params, np.asarray([tokens], np.int32))
 
-    def _program(self, kind: str, length: int, size: int) -> Executable:
-        if (kind, length, size) not in self._programs:
-            params = _abstract(self._params)
-            if kind == "prefill":
-                program = prefill_program(self._model, self._mesh, params, 1, length, size)
-            else:
-                program = decode_program(self._model, self._mesh, params, 1, size)
-            executable = program.compile()
-            self.timings["compile"] += executable.compile_seconds
-            self._programs[kind, length, size] = executable
-        return self._programs[kind, length, size]
+    def _ready(self, *wanted: tuple[str, int, int]) -> list[Executable]:
+        """The programs (kind, length, size), with the parameters there to call them with: all that is missing is
+        compiled, or loaded, and read at the same time."""
+        missing = [key for key in wanted if key not in self._programs]
+        if missing or self._read:
+            abstract = self._abstract()
+            with ThreadPoolExecutor(len(wanted) + 1) as threads:
+                reading = threads.submit(self._read) if self._read else None
+                self._programs |= zip(
+                    missing, threads.map(functools.partial(self._compile, abstract), missing), strict=True
+                )
+                if reading:
+                    self._params, self._read = self._laid_out(reading.result()), None
+        return [self._programs[key] for key in wanted]
+
+    def _compile(self, params, key: tuple[str, int, int]) -> Executable:
+        kind, length, size = key
+        if kind == "prefill":
+            return prefill_program(self._model, self._mesh, params, 1, length, size).compile()
+        return decode_program(self._model, self._mesh, params, 1, size).compile()
+
+    def _laid_out(self, params: Params) -> "Params | Unstacked":
+        return _unstacked(params, self._mesh) if self._unstack else params
+
+    def _abstract(self):
+        """Of the parameters as the programs take them, whether they have been read or not."""
+        if self._params is not None:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._params)
+        params = known_params(self._model, self._mesh)
+        if not self._unstack:
+            return params
+        alone = replicated(self._mesh)
+
+        def of(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+            if not path.startswith("segments."):
+                return leaf
+            return (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=alone),) * leaf.shape[0]
+
+        return {path: of(path, leaf) for path, leaf in params.items()}
 
 
-def _unstacked(params: Params, mesh: Mesh) -> Unstacked:
+def _unstacked(params: Params, mesh: Mesh) -> "Unstacked":
     """Stacked layers as one array each. A CPU would copy each layer's slice out of the stack at every step.
 
     The slices are taken by the host, whose memory this is: nothing is compiled for it.
@@ -114,12 +153,10 @@ def _unstacked(params: Params, mesh: Mesh) -> Unstacked:
     return {path: split(x) if path.startswith("segments.") else x for path, x in params.items()}
 
 
-def _abstract(params):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-
-
 def abstract_serving_params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """Parameters in the dtype of computation, each layer's as arrays of their own: nothing is sliced out of a stack."""
+    from llmos_jax.models.decoder import abstract_params, logical_dims
+
     names = logical_dims(model)
 
     def of(path: str, shape: tuple[int, ...]) -> Any:
@@ -167,6 +204,12 @@ def _choose(logits: Float[Array, "V"], temperature, seed, position) -> Int[Array
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))[None].astype(jnp.int32)
 
 
+def _bound(model: ModelConfig, params):
+    from llmos_jax.models.decoder import bind  # a program that was compiled before needs none of it
+
+    return bind(model, params)
+
+
 def prefill_program(model: ModelConfig, mesh: Mesh, params, batch: int, length: int, size: int) -> Program:
     """(params, tokens [B, T], prompt lengths [B], temperatures [B], seeds [B]) -> (first tokens [B, 1], cache).
 
@@ -178,7 +221,7 @@ def prefill_program(model: ModelConfig, mesh: Mesh, params, batch: int, length: 
 
 
 def prefill(model: ModelConfig, size: int, params, tokens, prompt_lengths, temperature, seed):
-    decoder, batch = bind(model, params), tokens.shape[0]
+    decoder, batch = _bound(model, params), tokens.shape[0]
     output = decoder(tokens, cache=_empty_cache(model, batch, size), offset=jnp.zeros((batch,), jnp.int32))
     last = jnp.take_along_axis(output.hidden, (prompt_lengths - 1)[:, None, None], axis=1)
     return _choose(decoder.logits(last)[:, 0], temperature, seed, prompt_lengths), output.cache
@@ -196,12 +239,12 @@ def decode_program(model: ModelConfig, mesh: Mesh, params, batch: int, size: int
 
 
 def decode(model: ModelConfig, params, tokens, positions, cache, temperature, seed):
-    decoder = bind(model, params)
+    decoder = _bound(model, params)
     output = decoder(tokens, cache=cache, offset=positions)
     return _choose(decoder.logits(output.hidden)[:, 0], temperature, seed, positions + 1), output.cache
 
 
 def score(model: ModelConfig, params, tokens):
-    decoder = bind(model, params)
+    decoder = _bound(model, params)
     cache = _empty_cache(model, 1, tokens.shape[1])
     return decoder.logits(decoder(tokens, cache=cache, offset=jnp.zeros((1,), jnp.int32)).hidden)[0]

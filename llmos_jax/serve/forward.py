@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler.program import Program
 from llmos_jax.config import ModelConfig, ServeConfig
-from llmos_jax.models.attention import Cache, Ragged
+from llmos_jax.models.attention import Ragged
+from llmos_jax.models.cache import Cache
 from llmos_jax.models.decoder import bind
 from llmos_jax.models.layers import Adapters
 from llmos_jax.serve import sampling

@@ -44,9 +44,7 @@ class Vocabulary:
         if not eos_ids:
             raise ValueError("the tokenizer has no token that ends an answer, without which no grammar can be followed")
         backend = tokenizer.backend
-        source: Any = (
-            backend.with_special.to_str() if isinstance(backend, JsonBackend) else _Pieces(tokenizer, vocab_size)
-        )
+        source: Any = backend.plain.to_str() if isinstance(backend, JsonBackend) else _Pieces(tokenizer, vocab_size)
         self.num_words = -(-vocab_size // 32)
         self._tokenizer = llguidance.LLTokenizer(source, n_vocab=vocab_size, eos_token=eos_ids)
         # A large schema takes 15 ms to prepare and 0.04 ms to copy.

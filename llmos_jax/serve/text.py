@@ -104,7 +104,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
     backend = tokenizer.backend
     if isinstance(backend, JsonBackend):
-        return {i for i, token in backend.with_special.get_added_tokens_decoder().items() if token.special}
+        return {i for i, token in backend.plain.get_added_tokens_decoder().items() if token.special}
     unknown = tokenizer.backend.token_to_id("<unk>")
     return set(getattr(backend, "special", ())) | ({unknown} if unknown is not None else set())
 
@@ -113,14 +113,14 @@ def _added(tokenizer: Tokenizer) -> set[int]:
     """Tokens that the vocabulary writes as plain text."""
     backend = tokenizer.backend
     if isinstance(backend, JsonBackend):
-        return set(backend.with_special.get_added_tokens_decoder())
+        return set(backend.plain.get_added_tokens_decoder())
     return set(getattr(backend, "added", ()))
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     backend = tokenizer.backend
     return isinstance(backend, JsonBackend) and "ByteLevel" in json.dumps(
-        json.loads(backend.with_special.to_str()).get("decoder")
+        json.loads(backend.plain.to_str()).get("decoder")
     )
 
 

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from llmos_jax import opening, overrides
 from llmos_jax.config import RunConfig, UserError, check, with_model
-from llmos_jax.data.pipeline import TrainData, build_data, training_texts
-from llmos_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from llmos_jax.data.pipeline import TrainData, build_data
+from llmos_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llmos_jax.data.trained_tokenizer import trained_tokenizer
 from llmos_jax.runtime.distributed import barrier, is_primary
 from llmos_jax.runtime.workdir import is_remote, read_file, write_file
 from llmos_jax.sharding import make_mesh, process_rows
@@ -113,9 +114,7 @@ def _keep(tokenizer: Tokenizer, folder: Path) -> None:
 def chosen_tokenizer(config: RunConfig, say: Say) -> Tokenizer:
     name = config.data.tokenizer
     if name == "train":
-        size = config.data.tokenizer_vocab_size or config.model.vocab_size
-        say(f"training a tokenizer of {size} entries on the corpus")
-        return train_bpe(training_texts(config.data), size)
+        return trained_tokenizer(config.data, config.data.tokenizer_vocab_size or config.model.vocab_size, say)
     if name:
         path = Path(name).expanduser()
         return load_tokenizer(path) if path.exists() else opening.tokenizer_of(opening.find(name))

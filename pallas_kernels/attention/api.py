@@ -6,9 +6,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import cpu, gpu, reference, tpu, xla
+from pallas_kernels.attention import cpu, reference, xla
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.later import Later
 from pallas_kernels.partition import Dims, Layout
+
+tpu, gpu = Later("pallas_kernels.attention.tpu"), Later("pallas_kernels.attention.gpu")
 
 # In order of preference: the kernels of a platform come before what runs everywhere.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (

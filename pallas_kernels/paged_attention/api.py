@@ -8,9 +8,12 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
+from pallas_kernels.later import Later
+from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.reference import KVPages
 from pallas_kernels.partition import Dims, Layout
+
+tpu, gpu = Later("pallas_kernels.paged_attention.tpu"), Later("pallas_kernels.paged_attention.gpu")
 
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu.paged_attention, "tpu", tpu.refuse),

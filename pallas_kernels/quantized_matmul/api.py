@@ -12,9 +12,12 @@ from jaxtyping import Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Wanted
+from pallas_kernels.later import Later
 from pallas_kernels.partition import Dims, Layout
-from pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu, xla
+from pallas_kernels.quantized_matmul import cpu, reference, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+
+tpu, gpu = Later("pallas_kernels.quantized_matmul.tpu"), Later("pallas_kernels.quantized_matmul.gpu")
 
 
 def quantized_matmul(

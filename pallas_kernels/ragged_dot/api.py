@@ -6,9 +6,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.later import Later
 from pallas_kernels.partition import Dims, Layout
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
-from pallas_kernels.ragged_dot import gpu, reference, tpu, xla
+from pallas_kernels.ragged_dot import reference, xla
+
+tpu, gpu = Later("pallas_kernels.ragged_dot.tpu"), Later("pallas_kernels.ragged_dot.gpu")
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.ragged_dot, "tpu", tpu.refuse),

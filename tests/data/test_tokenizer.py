@@ -156,7 +156,7 @@ def test_a_user_defined_token_of_spaces_is_one_token(tmp_path):
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
 def test_byte_level_bpe_inside_a_gguf(bpe, tmp_path, pre):
-    described = json.loads(bpe.backend.with_special.to_str())
+    described = json.loads(bpe.backend.plain.to_str())
     vocab = sorted(described["model"]["vocab"].items(), key=lambda item: item[1])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     ours = gguf_tokenizer(
@@ -286,7 +286,7 @@ def test_ids_come_from_the_files_next_to_a_tokenizer_json(bpe, tmp_path):
 
 
 def test_a_post_processor_that_adds_bos_counts(bpe, tmp_path):
-    raw = tokenizers.Tokenizer.from_str(bpe.backend.with_special.to_str())
+    raw = tokenizers.Tokenizer.from_str(bpe.backend.plain.to_str())
     raw.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|start|> $A", special_tokens=[("<|start|>", 1)]
     )

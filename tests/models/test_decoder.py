@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_jax.config import ModelConfig, RopeConfig
-from llmos_jax.models.attention import Cache
+from llmos_jax.models.cache import Cache
 from llmos_jax.models.decoder import abstract_params, bind, forward_logits, init_params, logical_dims, num_params
 from llmos_jax.models.presets import PRESETS
 from tests import tiny

@@ -180,6 +180,29 @@ def test_a_text_that_is_left_off_does_no_harm():
     assert list(generator()(PROMPT, 8)) == expected
 
 
+def test_parameters_may_be_read_while_the_first_programs_are_compiled():
+    model, mesh, reads = model_of("dense"), tiny.mesh(data=1), []
+    params = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), tiny.params(model), abstract_params(model, mesh)
+    )
+
+    def read():
+        reads.append(len(reads))
+        if reads == [0]:
+            raise UserError("a file is damaged")
+        return params
+
+    late = Generator(model, read, mesh)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        next(late([], 1))
+    assert reads == []
+    with pytest.raises(UserError, match="a file is damaged"):
+        next(late(PROMPT, 8))
+    assert list(late(PROMPT, 8)) == list(late(PROMPT, 8)) == list(generator()(PROMPT, 8))
+    np.testing.assert_array_equal(late.logits(PROMPT), generator().logits(PROMPT))
+    assert reads == [0, 1]
+
+
 def test_few_programs_serve_every_length():
     once = Generator(model_of("dense"), tiny.params(model_of("dense")), tiny.mesh(data=1))
     for length in range(1, 31):

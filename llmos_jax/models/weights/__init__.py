@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 
 from llmos_jax.config import ModelConfig, UserError
-from llmos_jax.models.weights import gguf, huggingface
 from llmos_jax.models.weights.assemble import Progress
 
 __all__ = ["load_model_config", "load_weights"]
@@ -33,9 +32,11 @@ def load_weights(
 
 def _find(path: Path):
     """(folder, huggingface) or (file, gguf); safetensors come first where a folder has both."""
+    from llmos_jax.models.weights import huggingface
+
     if path.is_file():
         if path.suffix == ".gguf":
-            return path, gguf
+            return path, _gguf()
         raise UserError(f"{path} is not a model; give a folder with config.json and safetensors, or a .gguf file")
     if not path.is_dir():
         raise UserError(f"{path} does not exist; `llmos models` lists what is pulled")
@@ -43,9 +44,15 @@ def _find(path: Path):
         return path, huggingface
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        return files[0], gguf
+        return files[0], _gguf()
     if files:
         raise UserError(f"{path} has {len(files)} GGUF files; name one: {huggingface.few([f.name for f in files])}")
     if any(path.glob("*.bin")):
         raise UserError(f"{path} has its weights as pickles (.bin), which llmos does not open; convert to safetensors")
     raise UserError(f"{path} is not a model folder: it has no config.json with safetensors, and no .gguf file")
+
+
+def _gguf():
+    from llmos_jax.models.weights import gguf  # its package takes long to import
+
+    return gguf

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -41,7 +43,7 @@ def assemble(
         sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
         if slot.layers is None:
             params[slot.path] = _place(source, slot, None, leaf.shape, leaf.dtype, sharding)
-        elif _is_host(sharding):
+        elif is_on_host(sharding):
             params[slot.path] = _stack_on_host(source, slot, leaf, sharding)
         else:
             stacked = _zeros(leaf.shape, leaf.dtype, sharding)()
@@ -64,7 +66,7 @@ def _place(source: Source, slot: Slot, layer: int | None, shape, dtype, sharding
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))  # type: ignore[arg-type]
 
 
-def _is_host(sharding: Sharding) -> bool:
+def is_on_host(sharding: Sharding) -> bool:
     """Whether an array with `sharding` lies whole in this host's memory, where no program is needed to fill it."""
     first: Any = next(iter(sharding.device_set))
     return sharding.num_devices == 1 and first.platform == "cpu"
@@ -73,8 +75,26 @@ def _is_host(sharding: Sharding) -> bool:
 def _stack_on_host(source: Source, slot: Slot, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
     stacked = _aligned(leaf.shape, leaf.dtype)
     for i, layer in enumerate(slot.layers or ()):
-        stacked[i] = source.read(slot.entry, layer, (slice(None),) * (len(leaf.shape) - 1))
+        _copy(stacked[i], source.read(slot.entry, layer, (slice(None),) * (len(leaf.shape) - 1)))
     return jax.device_put(stacked, sharding, may_alias=True)
+
+
+def _copy(target: np.ndarray, values: np.ndarray) -> None:
+    """In threads: the pages of `target` are new, and the kernel has to find memory for them."""
+    if target.ndim < 2:
+        target[...] = values
+        return
+    rows = -(-len(target) // _threads()._max_workers)
+
+    def part(start: int) -> None:
+        target[start : start + rows] = values[start : start + rows]
+
+    list(_threads().map(part, range(0, len(target), rows)))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "copy")
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -7,11 +7,9 @@ What llama.cpp's converter changes in the values is undone here, by `UNDO`.
 import functools
 import math
 import mmap
-import os
 import re
 import struct
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,8 @@ from llmos_jax.config import ModelConfig, UserError
 from llmos_jax.models.families import FAMILIES
 from llmos_jax.models.registry import model_from_gguf
 from llmos_jax.models.weights.assemble import Progress, assemble
+from llmos_jax.models.weights.converted import converted
+from llmos_jax.models.weights.dequantize import FLOATS, dequantize
 from llmos_jax.models.weights.huggingface import few
 from llmos_jax.models.weights.names import Entry, Index, Slot, sizes, slots
 
@@ -39,15 +39,15 @@ def _unpermute(array: np.ndarray, model: ModelConfig, heads: int) -> np.ndarray:
 
 Undo = Callable[[np.ndarray, ModelConfig], np.ndarray]
 _PERMUTED: tuple[tuple[str, Undo], ...] = (
-    (r"\.q_proj\.", lambda array, model: _unpermute(array, model, model.num_heads)),
-    (r"\.k_proj\.", lambda array, model: _unpermute(array, model, model.num_kv_heads)),
+    (r"\.q_proj\.", lambda rows, model: _unpermute(rows, model, model.num_heads)),
+    (r"\.k_proj\.", lambda rows, model: _unpermute(rows, model, model.num_kv_heads)),
 )
 _SHIFTED: tuple[tuple[str, Undo], ...] = ((r"norm\.weight$", lambda array, model: array - 1),)
 
-# Family -> (pattern of Hugging Face names, what brings the GGUF's tensor back to Hugging Face's).
+# Family -> (pattern of Hugging Face names, what brings the GGUF's tensor back to Hugging Face's): the order of its rows,
+# which are still blocks then, and what is done to the numbers.
+UNDO_ORDER: dict[str, tuple[tuple[str, Undo], ...]] = {"llama": _PERMUTED, "mixtral": _PERMUTED}
 UNDO: dict[str, tuple[tuple[str, Undo], ...]] = {
-    "llama": _PERMUTED,
-    "mixtral": _PERMUTED,
     "gemma2": _SHIFTED,
     "gemma3": _SHIFTED,
     "gpt2": ((r"\.c_(attn|proj|fc)\.weight$", lambda array, model: array.T),),
@@ -125,7 +125,6 @@ def _read_header(path: Path, size: int, mtime_ns: int) -> File:
 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_FLOATS = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
 
 
 class _Cursor:
@@ -141,17 +140,20 @@ class _Cursor:
         return found
 
     def text(self) -> str:
-        return next(self._texts(1))
+        return self._texts(1)[0]
 
-    def _texts(self, count: int) -> Iterator[str]:
+    def _texts(self, count: int) -> list[str]:
         """Written for speed: a vocabulary has hundreds of thousands."""
-        data, length = self.data, struct.Struct("<Q").unpack_from
+        data, length, at, end = self.data, struct.Struct("<Q").unpack_from, self.at, len(self.data)
+        texts = []
         for _ in range(count):
-            (size,) = length(data, self.at)
-            start, self.at = self.at + 8, self.at + 8 + size
-            if self.at > len(data):
+            start = at + 8
+            at = start + length(data, at)[0]
+            if at > end:
                 raise ValueError("a text goes beyond its end")
-            yield data[start : self.at].decode()
+            texts.append(data[start:at].decode())
+        self.at = at
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -159,7 +161,7 @@ class _Cursor:
         if kind == _ARRAY:
             of, count = self.numbers("IQ")
             if of == _STRING:
-                return list(self._texts(count))
+                return self._texts(count)
             if of == _ARRAY:
                 return [self.value(of) for _ in range(count)]
             return list(self.numbers(f"{count}{_NUMBERS[of]}"))
@@ -176,7 +178,7 @@ def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind
     tensor_type = gguf.GGMLQuantizationType(kind)
     rows = gguf.quant_shape_to_byte_shape(shape[::-1], tensor_type)
     stored = np.frombuffer(data, np.uint8, math.prod(rows), start + offset).reshape(rows)
-    return Tensor(name, tensor_type, shape, stored.view(_FLOATS.get(tensor_type, np.uint8)))
+    return Tensor(name, tensor_type, shape, stored.view(FLOATS.get(tensor_type, np.uint8)))
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -196,7 +198,13 @@ def load(
     """
     source = _Gguf(Path(path), model)
     source.check(abstract)
-    return assemble(model, abstract, source, progress)
+
+    def convert() -> dict[str, jax.Array]:
+        return assemble(model, abstract, source, progress)
+
+    if all(tensor.tensor_type in FLOATS for tensor in source.tensors.values()):
+        return convert()
+    return converted(Path(path), model, abstract, convert)
 
 
 class _Gguf:
@@ -249,46 +257,21 @@ class _Gguf:
 
     def _whole(self, entry: Entry, layer: int | None) -> np.ndarray:
         """One layer's parameter in our layout, float32."""
-        array = self._dequantized(self.name(entry, layer))
-        for pattern, undo in UNDO.get(self.model.family, ()):
-            if re.search(pattern, entry.hf):
-                array = undo(array, self.model)
+        name = self.name(entry, layer)
+        tensor = self.tensors[name]
+        try:
+            data = self._undone(UNDO_ORDER, entry, tensor.data)
+            array = dequantize(data, tensor.tensor_type, by_columns=entry.layout.ours[-1] != entry.layout.file[-1][-1])
+        except NotImplementedError as error:
+            raise UserError(f"{self.path} has {name} as {tensor.tensor_type.name}, which cannot be read") from error
+        array = self._undone(UNDO, entry, array)
         everything = (slice(None),) * len(entry.layout.ours)
         if entry.has_experts:
             return np.stack([entry.read(one.__getitem__, everything, self.sizes) for one in array])
         return entry.read(lambda parts: array[parts], everything, self.sizes)
 
-    def _dequantized(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        try:
-            return dequantize(tensor)
-        except NotImplementedError as error:
-            raise UserError(f"{self.path} has {name} as {tensor.tensor_type.name}, which cannot be read") from error
-
-
-PIECE = 2**17  # numbers that a thread dequantizes at once: they stay in its cache from one numpy operation to the next
-
-
-def dequantize(tensor: Tensor) -> np.ndarray:
-    """The tensor's numbers, float32, the slowest axis first; in threads, since numpy works beside Python.
-
-    Raises NotImplementedError for a type that the `gguf` package does not dequantize.
-    """
-    if tensor.tensor_type in _FLOATS:
-        return tensor.data.astype(np.float32, copy=False)
-    block, stored = gguf.GGML_QUANT_SIZES[tensor.tensor_type]  # numbers and bytes of a block
-    count = max(PIECE // block, 1)
-    blocks, numbers = tensor.data.reshape(-1, stored), np.empty((tensor.data.size // stored, block), np.float32)
-
-    def piece(i: int) -> None:
-        part = blocks[i : i + count]
-        # As a single row: the package works through 16 rows at a time, which are short ones in small models.
-        numbers[i : i + count] = gguf.dequantize(part.reshape(1, -1), tensor.tensor_type).reshape(-1, block)
-
-    list(_threads().map(piece, range(0, len(blocks), count)))
-    return numbers.reshape(tensor.shape[::-1])
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "dequantize")
+    def _undone(self, table: dict[str, tuple[tuple[str, Undo], ...]], entry: Entry, array: np.ndarray) -> np.ndarray:
+        for pattern, undo in table.get(self.model.family, ()):
+            if re.search(pattern, entry.hf):
+                array = undo(array, self.model)
+        return array
