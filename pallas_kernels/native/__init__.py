@@ -107,4 +107,5 @@ def _processor() -> bytes:
 
 def _why(error: Exception) -> str:
     text = getattr(error, "stderr", None) or str(error)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text  # bytes where it took too long
     return next((line for line in text.splitlines() if "error" in line), text.strip()[-300:])

@@ -224,8 +224,8 @@ void forward_block(const Problem& p, const KeysAndValues& kv, const T* q, int64_
                    true);
   });
   for (int64_t i = 0; i < block.size; ++i) {
-    factors[i] = total[i] > 0 ? 1 / total[i] : 0.0f;
-    lse[(sequence * p.heads + head) * p.queries + block.start + i] = total[i] > 0 ? top[i] + std::log(total[i]) : kLeast;
+    factors[i] = total[i] == 0 ? 0.0f : 1 / total[i];
+    lse[(sequence * p.heads + head) * p.queries + block.start + i] = total[i] == 0 ? kLeast : top[i] + std::log(total[i]);
   }
   write_columns(sums.data, factors, block.size, p.size,
                 vectors(out, p.queries, p.heads, p.size, sequence, head, block.start));

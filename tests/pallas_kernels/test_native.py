@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import cpu, dispatch, quantize, quantized_matmul
-from pallas_kernels.native import native
+from pallas_kernels import attention, cpu, dispatch, quantize, quantized_matmul
+from pallas_kernels.native import _why, native
 from pallas_kernels.paged_attention.api import cascade_attention, paged_attention
 from pallas_kernels.quantized_matmul import cpu as quantized_cpu
 from tests.pallas_kernels.ragged_pages import expected, make
@@ -250,6 +250,22 @@ def test_what_is_not_a_number_stays_so():
             assert np.isnan(out[0]).all() and not np.isnan(out[1:]).any()
 
 
+@needs_compiler
+@pytest.mark.parametrize(("of", "rows"), [("q", slice(5, 6)), ("v", slice(5, None))])
+def test_attention_over_what_is_not_a_number_is_none(of, rows):
+    arrays = {name: jnp.ones((1, 20, 2, 16)) for name in "qkv"}
+    arrays[of] = arrays[of].at[0, 5, 0, 3].set(jnp.nan)
+    out, lse = attention(**arrays, return_lse=True, implementation="cpu")
+    bad = np.zeros(20, bool)
+    bad[rows] = True
+    if of == "q":  # zeros times NaN: a value that is hidden spoils the block of those that see it
+        np.testing.assert_array_equal(np.isnan(out[0, :, 0]).any(axis=-1), bad)
+        np.testing.assert_array_equal(np.isnan(lse[0, 0]), bad)
+    else:
+        assert np.isnan(out[0, bad, 0, 3]).all()
+    assert not np.isnan(out[0, :, 1]).any()
+
+
 def rest(batch, pages) -> dict:
     names = ("block_tables", "lengths", "starts", "num_sequences")
     return {"pages": pages} | dict(zip(names, batch.arrays()[4:], strict=True))
@@ -301,6 +317,11 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path):
     assert said.stdout.startswith("xla could not be built")
     assert "error: no such header" in said.stderr
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_a_compiler_that_takes_too_long_is_told_as_one():
+    late = subprocess.TimeoutExpired(["g++"], 300, stderr=b"still going")
+    assert _why(late) == "still going"
 
 
 def test_it_can_be_switched_off(tmp_path):
