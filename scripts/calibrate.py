@@ -2,7 +2,7 @@
 
     python scripts/calibrate.py                       # compiles each row for its described chips: an hour on 2 cores
     python scripts/calibrate.py --formula             # the analytic estimate alone: seconds
-    python scripts/calibrate.py --only v5p --write docs/planning.md
+    python scripts/calibrate.py --only v5p --write docs/planning.md     # the other rows keep the lines they have there
 
 The rows, their sources and what had to be assumed are in docs/planning_published.json. Nothing is fitted per row: a
 row's chip, mesh, batch, dtypes and what its backward pass keeps go in, and the planner's answer comes out. Left out are
@@ -11,9 +11,12 @@ rows that our models do not express (dropped tokens, parallel blocks, other atte
 
 import argparse
 import dataclasses
+import datetime
 import json
+import re
 import statistics
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,18 +124,39 @@ def line(row: dict[str, Any], formula_only: bool) -> Line:
     )  # fmt: skip
 
 
-def table(lines: list[Line]) -> str:
-    rows = [
-        "| run | target | published s | predicted s | error | formula s | MFU published | predicted | GiB a device |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in lines:
-        rows.append(
-            f"| {one.row} | {one.target} | {one.published:.2f} | {one.predicted:.2f} | {one.error:+.0%} | "
-            f"{one.formula:.2f} | {one.published_mfu:.1%} | {one.predicted_mfu:.1%} | "
-            f"{one.peak / 2**30:.1f}{' (' + one.note + ')' if one.note else ''} |"
-        )
-    return "\n".join(rows)
+HEAD = (
+    "| run | target | published s | predicted s | error | formula s | MFU published | predicted | GiB a device | compiled |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def cells(one: Line) -> str:
+    """A line of the table."""
+    return (
+        f"| {one.row} | {one.target} | {one.published:.2f} | {one.predicted:.2f} | {one.error:+.0%} | "
+        f"{one.formula:.2f} | {one.published_mfu:.1%} | {one.predicted_mfu:.1%} | "
+        f"{one.peak / 2**30:.1f}{' (' + one.note + ')' if one.note else ''} | "
+        f"libtpu {metadata.version('libtpu')}, {datetime.date.today()} |"
+    )
+
+
+def standing(text: str) -> dict[str, str]:
+    """The lines that the table in `text` has, by row: what a row says that is not planned this time."""
+    between = re.search(f"{re.escape(MARKERS[0])}(.*?){re.escape(MARKERS[1])}", text, re.DOTALL)
+    lines = between[1].splitlines() if between else []
+    return {row: one for one in lines if (row := one.strip("| ").split(" | ")[0]) in ROWS}
+
+
+def table(lines: dict[str, str]) -> str:
+    """Of the lines by row: the table, and what its errors come to, from the seconds that it shows."""
+    ordered = [lines[row] for row in ROWS if row in lines]
+    seconds = [[float(cell) for cell in one.strip("| ").split(" | ")[2:4]] for one in ordered]
+    return "\n".join([*HEAD, *ordered]) + f"\n\n{verdict([after / before - 1 for before, after in seconds])}."
+
+
+def verdict(errors: list[float]) -> str:
+    sizes = [abs(error) for error in errors]
+    return f"median error {statistics.median(sizes):.1%} of {len(sizes)} rows, largest {max(sizes):.0%}"
 
 
 def main() -> int:
@@ -142,6 +166,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of this file")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.formula and args.write:
+        parser.error("the table is of compiled programs: --write and --formula do not go together")
     published = {row["id"]: row for row in json.loads((ROOT / "docs" / "planning_published.json").read_text())}
     wanted = [part for part in args.only.split(",") if part]
     lines = []
@@ -154,13 +180,12 @@ def main() -> int:
             f"{one.peak / 2**30:.1f} GiB, compiled in {one.compiled:.0f} s {one.note}",
             flush=True,
         )
-    errors = [abs(one.error) for one in lines]
-    verdict = f"median error {statistics.median(errors):.1%} of {len(lines)} rows, largest {max(errors):.0%}"
-    print(verdict)
+    print(verdict([one.error for one in lines]))
     if args.json:
         args.json.write_text(json.dumps([one._asdict() | {"error": one.error} for one in lines], indent=1))
     if args.write:
-        write(args.write, f"{table(lines)}\n\n{verdict}.", MARKERS)
+        kept = standing(args.write.read_text())
+        write(args.write, table(kept | {one.row: cells(one) for one in lines}), MARKERS)
     return 0
 
 

@@ -22,6 +22,9 @@ from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig, RunConfig, require
 
 LOGITS_AT_ONCE = 2**24  # elements of a chunk of logits in the fused loss (pallas_kernels/linear_cross_entropy)
+# Products of the head, forward and backward. Elsewhere the loss makes its gradients in the forward pass, three in all; the
+# TPU's kernel makes the logits again for each gradient.
+HEAD_PRODUCTS = {"tpu": (1, 4)}
 FACTORED_FROM = 128  # adafactor factors a matrix whose two largest dimensions are at least this (optax)
 BATCH_AXES = ("data", "fsdp", "expert")  # those that hold different sequences
 
@@ -276,12 +279,13 @@ def _compute_seconds(config: RunConfig, target: Target) -> tuple[float, float, f
     flops = layer_flops(model, train.seq_len)
     products, grouped = (2.0 * part * train.seq_len * rows / (peak * chip.matmul_share) for part in flops[:2])
     attention = flops[2] * rows / (peak * chip.attention_share)
-    # The loss makes its gradients in the forward pass: all three products of the head are there.
-    head = 3 * 2.0 * model.embed_dim * model.vocab_size * train.seq_len * rows / (peak * chip.matmul_share)
+    head = 2.0 * model.embed_dim * model.vocab_size * train.seq_len * rows / (peak * chip.matmul_share)
+    head_forward, head_backward = HEAD_PRODUCTS.get(chip.platform, (3, 0))
     again = 2.0 * _recomputed(model) * train.seq_len * rows / (peak * chip.matmul_share)
     again += (0.0 if model.remat == "none" else grouped) + (attention if _attends_again(model) else 0.0)
     # Flash attention's backward pass has five products where the forward has two (arXiv:2205.14135).
-    return products + grouped + attention + head, 2 * (products + grouped) + 2.5 * attention, again
+    forward = products + grouped + attention + head_forward * head
+    return forward, 2 * (products + grouped) + 2.5 * attention + head_backward * head, again
 
 
 def _saved(model: ModelConfig) -> set[str]:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,8 +11,8 @@ from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, RunConfig, UserError, check, mesh_shape
 from llmos_jax.overrides import apply_settings
 
-# model.remat, remat_save and remat_offload: from keeping everything to keeping next to nothing on the device. The last two
-# use the host's memory.
+# model.remat, remat_save and remat_offload: from keeping everything to keeping next to nothing on the device. The last three
+# use the host's memory; the middle one of them is what Google's recipes for v6e keep (planning_published.json).
 REMAT = (
     ("none", "", ""),
     ("names", "input,q,k,v,attention,attention_out,gate,up", ""),
@@ -21,6 +20,7 @@ REMAT = (
     ("names", "input,attention", ""),
     ("full", "", ""),
     ("names", "attention", "input,q,k,v"),
+    ("names", "", "input,q,k,v,attention_out"),
     ("names", "", "input"),
 )
 LONGEST_UNSPLIT = 16_384  # tokens of a sequence up to which the context axis is not tried
@@ -84,9 +84,8 @@ def meshes(config: RunConfig, target: Target) -> Iterator[tuple[str, ...]]:
 
 
 def accumulations(config: RunConfig) -> list[int]:
-    """Micro-batch counts that divide the batch: powers of two and what is there now."""
-    powers = [2**i for i in range(int(math.log2(config.train.batch_size)) + 1)]
-    return sorted({n for n in (*powers, config.train.accumulate) if config.train.batch_size % n == 0})
+    """Micro-batch counts that divide the batch. Not powers of two alone: three sequences a device are three of one each."""
+    return _divisors(config.train.batch_size)
 
 
 def every(config: RunConfig, target: Target) -> Iterator[Candidate | None]:

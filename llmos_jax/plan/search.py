@@ -63,9 +63,11 @@ def search(
 ) -> Found:
     """Scores all candidates of the training program, compiles up to `most` of the best, `jobs` at a time.
 
-    path, settings: of `config`, for the processes that compile. An interrupt gives the best so far.
+    path, settings: of `config`, for the processes that compile. An interrupt gives the best so far. Raises UserError
+    where the target cannot be described here or nothing fits it.
     """
     found = Found()
+    target.devices()  # a target that cannot be described is said so, where each candidate would quietly break a rule
     try:
         ranked = _score(config, target, found, say)
         if not ranked:

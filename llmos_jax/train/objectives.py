@@ -67,7 +67,21 @@ def _cross_entropy(
     tokens = ("batch", "sequence")
     run = sharded(local, (stream, kernel, tokens, tokens), ((), ()))
     with jax.named_scope("loss"):
+        if axis_size("fsdp") > 1:
+            hidden, weight = _gradients_together(hidden, weight)
         return run(hidden, weight, targets, mask)
+
+
+@jax.custom_vjp
+def _gradients_together(hidden: Array, weight: Array) -> tuple[Array, Array]:
+    """As they are. The layers' backward pass takes the gradient of `hidden` when that of `weight` is summed and scattered,
+    too: left to itself the compiler does so after the layers, and holds the whole gradient on each device meanwhile."""
+    return hidden, weight
+
+
+_gradients_together.defvjp(
+    lambda hidden, weight: ((hidden, weight), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
 
 
 OBJECTIVES = {"causal_lm": causal_lm}

@@ -255,3 +255,12 @@ def test_candidates_fit(head_dim, length):
                 assert size.q_held % size.q == 0
             for held in tpu.candidates(head_dim, length, length, itemsize, vmem):
                 assert held.kv_held % held.kv == 0
+
+
+def test_sums_over_heads_are_those_of_float32():
+    """They are made as a product, whose operands a TPU would round to bfloat16 if it were not told otherwise."""
+    rng = np.random.default_rng(2)
+    x, y = (jnp.asarray(rng.standard_normal((2, 32, 3, 24)), jnp.bfloat16) for _ in range(2))
+    wanted = np.einsum("btnh,btnh->bnt", np.asarray(x, np.float64), np.asarray(y, np.float64))
+    np.testing.assert_allclose(tpu.head_sums(x, y), wanted, rtol=1e-5, atol=1e-5)
+    assert "HIGHEST" in jax.jit(tpu.head_sums).lower(x, y).as_text()

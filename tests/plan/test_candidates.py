@@ -44,8 +44,14 @@ def test_long_sequences_and_experts_open_their_axes():
 
 
 def test_micro_batches_divide_the_batch():
-    assert candidates.accumulations(tiny.run(batch_size=12, accumulate=3)) == [1, 2, 3, 4]
+    assert candidates.accumulations(tiny.run(batch_size=12, accumulate=3)) == [1, 2, 3, 4, 6, 12]
     assert candidates.accumulations(tiny.run(batch_size=1)) == [1]
+    assert 3 in candidates.accumulations(tiny.run(batch_size=768)), "three sequences a device, one at a time"
+
+
+def test_what_published_runs_of_a_pod_keep_is_among_the_policies():
+    """Google's Llama-3.1-8B recipes for v6e: on the host the layer's input, q, k, v and the output projection."""
+    assert ("names", "", "input,q,k,v,attention_out") in candidates.REMAT
 
 
 def test_a_candidate_is_scored_as_the_configuration_it_stands_for():

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from llmos_jax.compiler import target as described
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import UserError, check
 from llmos_jax.overrides import apply_settings
@@ -92,6 +93,14 @@ def test_nothing_that_fits_by_far_is_an_error_with_advice():
     huge = tiny.run(tiny.model(embed_dim=2**20, mlp_dim=2**22), 4, 16)
     with pytest.raises(UserError, match=r"no mesh of cpu:8 holds this model.*more chips"):
         search(huge, "configuration.py", [], CPUS, 1, 1)
+
+
+def test_a_target_that_cannot_be_described_is_not_taken_for_one_that_is_too_small(monkeypatch: pytest.MonkeyPatch):
+    """Without libtpu every candidate broke a rule, and the search said that no mesh holds the model."""
+    monkeypatch.setattr(described, "_has", lambda module: False)
+    described._described_tpus.cache_clear()
+    with pytest.raises(UserError, match="needs libtpu"):
+        search(CONFIG, "configuration.py", [], Target.parse("v6e:2x4"), 1, 1)
 
 
 def test_of_those_that_are_alike_few_are_compiled():
