@@ -7,6 +7,7 @@ transpose has to be hidden from it. Else by vector registers (`native/vector_mat
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.native import native
-from pallas_kernels.partition import auto_axes
+from pallas_kernels.partition import auto_axes, varying_axes
 
 STEP = 32  # inputs that a tile takes at once
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
@@ -79,8 +80,19 @@ def product(
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def refuse_natively(arguments: Any) -> str | None:
+    """Why no call of ours takes these arguments, whatever they are for; None where one can."""
+    if axes := varying_axes(arguments):
+        return (
+            f"does not say that its results vary over {', '.join(axes)}: call it inside shard_map with check_vma=False"
+        )
+    return native().missing or None
+
+
 def _by_vectors(a: Array, b: Array, out: tuple[int, ...]) -> bool:
-    if dispatch.current_chip().platform != "cpu" or a.dtype != b.dtype or min(out) < SMALLEST or auto_axes():
+    if dispatch.current_chip().platform != "cpu" or a.dtype != b.dtype or min(out) < SMALLEST:
+        return False
+    if auto_axes() or varying_axes((a, b)):
         return False
     found = native()
     return not found.missing and (a.dtype == jnp.float32 or (a.dtype == jnp.bfloat16 and not found.tiles))

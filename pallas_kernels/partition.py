@@ -35,6 +35,12 @@ def auto_axes() -> tuple[str, ...]:
     return _axes(AxisType.Auto)
 
 
+def varying_axes(arguments: Any) -> tuple[str, ...]:
+    """The axes that arrays among `arguments` are known to vary over, inside a shard_map that checks it."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array)]
+    return tuple(sorted({str(axis) for kind in types for axis in kind.manual_axis_type.varying}))
+
+
 def run_on_parts(run: Callable[..., Any], arguments: dict[str, Any], layout: Layout) -> Any:
     """run(**arguments), each device on its part of them."""
     explicit = _axes(AxisType.Explicit)

@@ -10,6 +10,7 @@ from jax import Array
 
 from pallas_kernels.attention.reference import visible_pairs
 from pallas_kernels.attention.residuals import kept
+from pallas_kernels.cpu import refuse_natively
 from pallas_kernels.dispatch import Arguments, Chip
 from pallas_kernels.native import native
 
@@ -55,14 +56,29 @@ def attention(
 ):
     """See `api.attention`."""
     del alibi_slopes, bias  # none: `refuse`
-    offset = q_offset if isinstance(q_offset, int) else None
-    pairs = visible_pairs(q.shape[1], k.shape[1], causal, window, offset)
-    options = Options(causal, min(window or 0, 2**30), softcap or 0.0, scale, pairs)
-    offsets = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[0])
-    ids = [jnp.zeros((0, 0), jnp.int32) if x is None else x.astype(jnp.int32) for x in (q_segment_ids, kv_segment_ids)]
+    options = _options(q, k, causal, window, q_offset, softcap, scale)
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    out, lse = _attention(options, q, k, v, sinks, (offsets, *ids))
+    out, lse = _attention(options, q, k, v, sinks, _positions(q, q_offset, q_segment_ids, kv_segment_ids))
     return (out, lse) if return_lse else out
+
+
+def backward(
+    q, k, v, d_out, lse, delta, *, causal, window, q_offset, q_segment_ids, kv_segment_ids, softcap, scale
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) of a block of keys out of many: see `xla.backward`."""
+    options = _options(q, k, causal, window, q_offset, softcap, scale)
+    return _gradients(options, q, k, v, d_out, lse, delta, _positions(q, q_offset, q_segment_ids, kv_segment_ids))
+
+
+def _options(q, k, causal, window, q_offset, softcap, scale) -> Options:
+    pairs = visible_pairs(q.shape[1], k.shape[1], causal, window, q_offset if isinstance(q_offset, int) else None)
+    return Options(causal, min(window or 0, 2**30), softcap or 0.0, scale, pairs)
+
+
+def _positions(q, q_offset, *segment_ids) -> tuple[Array, ...]:
+    """Where the queries of each sequence begin among the keys, and the segments of both; none are empty."""
+    ids = (jnp.zeros((0, 0), jnp.int32) if x is None else x.astype(jnp.int32) for x in segment_ids)
+    return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[0]), *ids
 
 
 def refuse(chip: Chip, arguments: Arguments) -> str | None:
@@ -73,10 +89,9 @@ def refuse(chip: Chip, arguments: Arguments) -> str | None:
         return "takes neither a bias nor slopes"
     if q.shape[1] <= FEW_QUERIES:
         return f"takes more than {FEW_QUERIES} queries, not {q.shape[1]}"
-    found = native()
-    if q.dtype == jnp.bfloat16 and found.tiles:
+    if q.dtype == jnp.bfloat16 and native().tiles:
         return "leaves bfloat16 to XLA, whose products use this processor's AMX"
-    return found.missing or None
+    return refuse_natively(arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,11 +115,15 @@ def _backward(options, residuals, cotangents):
     d_out, d_lse = cotangents
     # The log-sum-exp's gradient adds p d_lse to that of a score, p (dp - delta): it only changes delta.
     delta = jnp.einsum("btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
-    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-    call = jax.ffi.ffi_call("pallas_kernels.attention_backward", results, vmap_method="sequential")
-    dq, dk, dv = call(q, k, v, d_out.astype(q.dtype), lse, delta, *positions, **options.attributes(5, q))
+    dq, dk, dv = _gradients(options, q, k, v, d_out, lse, delta, positions)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=(0, 2)) if sinks.size else jnp.zeros_like(sinks)
     return dq, dk, dv, d_sinks, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _gradients(options, q, k, v, d_out, lse, delta, positions):
+    results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    call = jax.ffi.ffi_call("pallas_kernels.attention_backward", results, vmap_method="sequential")
+    return call(q, k, v, d_out.astype(q.dtype), lse, delta, *positions, **options.attributes(5, q))

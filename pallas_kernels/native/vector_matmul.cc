@@ -1,6 +1,6 @@
 // a b of large matrices, float32 or bfloat16, summed in float32 by vector registers; either side may lie transposed.
 //
-// The right side is packed by all threads, some millions of entries at a time, in panels as wide as a tile of sums
+// The right side is packed by all threads, a million entries at a time, in panels as wide as a tile of sums
 // (Goto and van de Geijn, doi:10.1145/1356052.1356053). Then each thread packs a block of the left side that stays in
 // its second-level cache, and takes the panels past it. How the work is shared out does not change any sum's order.
 
@@ -17,7 +17,7 @@ constexpr int64_t kDepth = 256;       // inputs of a panel that stay in the firs
 constexpr int64_t kBlock = 192;       // rows of the left side that are packed at once
 constexpr int64_t kGroup = 1024;      // outputs that such a block is packed for
 constexpr int64_t kDeep = 2048;       // inputs, and
-constexpr int64_t kPacked = 4 << 20;  // entries of the right side that are packed at once
+constexpr int64_t kPacked = 1 << 20;  // entries of the right side that are packed at once
 constexpr int64_t kTogether = 16;     // of its inputs and panels, which share lines of the cache
 
 template <typename T>

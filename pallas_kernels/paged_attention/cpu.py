@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.cpu import refuse_natively
 from pallas_kernels.dispatch import Arguments, Chip
-from pallas_kernels.native import native
 from pallas_kernels.paged_attention.reference import with_prefix
 
 LANES = 16  # numbers of a vector
@@ -48,4 +48,4 @@ def refuse(chip: Chip, arguments: Arguments) -> str | None:
         return f"takes pages of {', '.join(POOLS)}, not {pages.data.dtype.name}"
     if q.shape[2] % LANES:
         return f"takes head dims in steps of {LANES}, not {q.shape[2]}"
-    return native().missing or None
+    return refuse_natively(arguments)

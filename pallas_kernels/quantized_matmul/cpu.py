@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.cpu import refuse_natively
 from pallas_kernels.dispatch import Arguments, Chip
 from pallas_kernels.native import native
 from pallas_kernels.quantized_matmul.reference import finish
@@ -45,4 +46,4 @@ def refuse(chip: Chip, arguments: Arguments) -> str | None:
         return f"takes float32 and bfloat16, not {x.dtype}"
     if activations is None and len(x) > MOST_ROWS:
         return f"takes at most {MOST_ROWS} rows that are not quantised, not {len(x)}"
-    return native().missing or None
+    return refuse_natively(arguments)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import cpu, xla
 from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.reference import NEG_INF
 from pallas_kernels.later import Later
@@ -26,6 +26,7 @@ from pallas_kernels.ring_attention.plan import Piece, Plan
 # backward(q, k, v, d_out, lse, delta, **options) -> (dq, dk, dv) of a block, by the name of attention's implementation.
 # One that is not here runs its block forward once more, for its own log-sum-exp.
 BACKWARDS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+    "cpu": cpu.backward,
     "xla": xla.backward,
     "tpu": Later("pallas_kernels.attention.tpu").backward,
 }
