@@ -146,7 +146,7 @@ def _quantized_matmul(options, rows, inner, columns) -> Made:
         "w8a8": (8, None, "int8"),
         "fp8": ("fp8", None, "fp8"),
     }[options["dtype"]]
-    along_rows = options.get("transposed", False)  # the form that GPUs take
+    along_rows = options.get("transposed", False)  # the form that GPUs and CPUs take
     shape, axis = ((columns, inner), -1) if along_rows else ((inner, columns), -2)
     w = jax.eval_shape(lambda w: tensor.quantize(w, bits, group, axis=axis), Spec(shape, jnp.bfloat16))
 
