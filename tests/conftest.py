@@ -73,3 +73,14 @@ def eight_devices() -> list:
     if len(jax.devices()) < 8:
         pytest.skip("needs eight devices")
     return jax.devices()[:8]
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home whose cache of compiled programs is on, empty, and has told nothing yet."""
+    from llmos_jax.compiler import cache
+
+    monkeypatch.setenv("LLMOS_HOME", str(tmp_path))
+    monkeypatch.setenv("LLMOS_CACHE_BYTES", "1000000000")
+    monkeypatch.setattr(cache, "_said", set())
+    return tmp_path

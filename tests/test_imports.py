@@ -11,15 +11,16 @@ ROOT = Path(__file__).parents[1]
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 
 # What each part of llmos_jax may import of the others; itself is always allowed.
-FOUNDATION = {"config", "overrides", "sharding", "compiler"}
+FOUNDATION = {"config", "files", "overrides", "sharding", "compiler"}
 LIBRARY = FOUNDATION | {"models", "data", "runtime", "pallas_kernels"}
 ALLOWED = {
     "__init__": set(),
     "config": set(),
+    "files": set(),
     "overrides": {"config"},
     "sharding": {"config"},
-    "compiler": {"config", "sharding", "pallas_kernels"},
-    "models": {"config", "sharding", "compiler", "pallas_kernels"},
+    "compiler": {"config", "files", "sharding", "pallas_kernels"},
+    "models": {"config", "files", "sharding", "compiler", "pallas_kernels"},
     "runtime": FOUNDATION | {"pallas_kernels"},
     "data": FOUNDATION | {"runtime"},
     "opening": LIBRARY,

@@ -13,7 +13,6 @@ Compiling is always the way out: nothing here stops a run.
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -35,6 +34,7 @@ from jax.sharding import Mesh
 
 from llmos_jax.compiler.identity import versions
 from llmos_jax.config import UserError, home
+from llmos_jax.files import draft_of, seal
 from pallas_kernels import hopper
 
 MAGIC = b"llmos-executable-1"  # changes with the format
@@ -203,14 +203,13 @@ def _load(file: Path, identity: str, mesh: Mesh) -> tuple[jax.stages.Compiled | 
 
 def _read(file: Path, identity: str) -> tuple[dict[str, Any], memoryview]:
     """The header and the payload of an entry whose seal and identity are right."""
-    seal, _, rest = (content := file.read_bytes()).partition(b"\n")
-    magic, _, digest = seal.partition(b" ")
-    if magic != MAGIC:
+    line, newline, rest = (content := file.read_bytes()).partition(b"\n")
+    if line.partition(b" ")[0] != MAGIC:
         raise _Damaged("it is not an executable of ours")
-    if hashlib.sha256(rest).hexdigest() != digest.decode("ascii", "replace"):
+    if line + newline != seal(MAGIC, rest):
         raise _Damaged("its checksum does not fit")
-    end = content.index(b"\n", len(seal) + 1)
-    header = json.loads(content[len(seal) + 1 : end])
+    end = content.index(b"\n", len(line) + 1)
+    header = json.loads(content[len(line) + 1 : end])
     if header["identity"] != identity:
         raise _Damaged("it belongs to another program")
     return header, memoryview(content)[end + 1 :]
@@ -233,14 +232,11 @@ def _store(file: Path, identity: str, name: str, mesh: Mesh, compiled: jax.stage
             "memory": asdict(Memory.of(compiled, device.platform)),
         }
         rest = json.dumps(header).encode() + b"\n" + payload
-        draft = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
-        try:
-            draft.write_bytes(MAGIC + b" " + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
-            draft.chmod(0o600)
-            if draft.stat().st_size <= size_limit():
-                draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+        content = seal(MAGIC, rest) + rest
+        if len(content) <= size_limit():
+            with draft_of(file) as draft:
+                draft.write_bytes(content)
+                draft.chmod(0o600)
         prune()
     except Exception as error:  # a backend that cannot serialize, a full disk
         say(f"the {name} program is not cached: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
@@ -249,9 +245,9 @@ def _store(file: Path, identity: str, name: str, mesh: Mesh, compiled: jax.stage
 def _header(file: Path) -> dict[str, Any]:
     """What an entry says about itself; empty where it is none."""
     with file.open("rb") as opened:
-        seal, line = opened.readline(200), opened.readline(2**20)
+        sealed, line = opened.readline(200), opened.readline(2**20)
     try:
-        header = json.loads(line) if seal.startswith(b"llmos-") else {}
+        header = json.loads(line) if sealed.startswith(b"llmos-") else {}
     except ValueError:
         return {}
     return header if isinstance(header, dict) else {}

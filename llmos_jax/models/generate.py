@@ -19,6 +19,9 @@ from llmos_jax.models.cache import Cache
 from llmos_jax.models.parameters import Params, known_params
 from llmos_jax.sharding import RULES, replicated, sharding
 
+if TYPE_CHECKING:
+    from llmos_jax.models.decoder import Unstacked  # takes Flax, which a program that was compiled before does not need
+
 SMALLEST_BUCKET = 32
 
 
@@ -28,10 +31,6 @@ def bucket(length: int, most: int) -> int:
     while size < length:
         size *= 2
     return min(size, most)
-
-
-if TYPE_CHECKING:
-    from llmos_jax.models.decoder import Unstacked
 
 
 class Generator:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from llmos_jax.compiler import cache
 from llmos_jax.compiler.identity import source_digest, versions
 from llmos_jax.config import ModelConfig
+from llmos_jax.files import draft_of, read_sealed, seal
 from llmos_jax.sharding import Logical, sharding
 
 Params = dict[str, jax.Array]
@@ -58,11 +59,8 @@ def _identity(config: ModelConfig) -> str:
 
 
 def _read(file: Path) -> tuple[Known, ...] | None:
-    try:
-        seal, _, line = file.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if seal != _seal(line):
+    line = read_sealed(file, MAGIC)
+    if line is None:
         return None
     with contextlib.suppress(OSError):
         os.utime(file)  # the last use
@@ -71,15 +69,6 @@ def _read(file: Path) -> tuple[Known, ...] | None:
 
 def _write(file: Path, known: tuple[Known, ...]) -> None:
     line = json.dumps({"program": "parameters", "known": known}).encode()
-    draft = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        try:
-            draft.write_bytes(_seal(line) + b"\n" + line)
-            draft.chmod(0o600)
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def _seal(line: bytes) -> bytes:
-    return MAGIC + b" " + hashlib.sha256(line).hexdigest().encode()
+    with contextlib.suppress(OSError), draft_of(file) as draft:
+        draft.write_bytes(seal(MAGIC, line) + line)
+        draft.chmod(0o600)

@@ -3,8 +3,9 @@
 TensorStore, which stores the checkpoints, also reads and writes the files in a bucket; that needs no further package.
 """
 
-import os
 from pathlib import Path
+
+from llmos_jax.files import draft_of
 
 TIMEOUT = 60.0  # seconds for one file in a bucket; TensorStore by itself tries again for many minutes
 
@@ -34,12 +35,8 @@ def write_file(workdir: str | Path, name: str, data: bytes) -> None:
         except ValueError as error:
             raise OSError(str(error)) from error
         return
-    draft = Path(workdir) / f".{name}.{os.getpid()}.tmp"
-    try:
+    with draft_of(Path(workdir) / name) as draft:
         draft.write_bytes(data)
-        draft.replace(Path(workdir) / name)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _open(workdir: str | Path):

@@ -10,11 +10,10 @@ from jax import Array
 
 from pallas_kernels.attention.reference import visible_pairs
 from pallas_kernels.attention.residuals import kept
+from pallas_kernels.attention.xla import FEW_QUERIES
 from pallas_kernels.cpu import refuse_natively
 from pallas_kernels.dispatch import Arguments, Chip
 from pallas_kernels.native import native
-
-FEW_QUERIES = 8  # as in decoding: a block of queries would be mostly empty
 
 
 class Options(NamedTuple):

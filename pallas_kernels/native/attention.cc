@@ -4,6 +4,7 @@
 
 #include <cfloat>
 
+#include "numbers.h"
 #include "parallel.h"
 #include "products.h"
 #include "softmax.h"
@@ -359,7 +360,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
     const auto at = [](ffi::AnyBuffer x) { return static_cast<const T*>(x.untyped_data()); };
     forward(pool, p, at(q), at(k), at(v), static_cast<T*>(out->untyped_data()), lse->typed_data());
   };
-  q.element_type() == ffi::F32 ? run(float{}) : run(uint16_t{});
+  of_type(q, run);
   return ffi::Error::Success();
 }
 
@@ -376,7 +377,7 @@ ffi::Error attention_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBu
     const Given<T> given{at(q), at(d_out), lse.typed_data(), delta.typed_data()};
     backward(pool, p, given, at(k), at(v), to(dq), to(dk), to(dv));
   };
-  q.element_type() == ffi::F32 ? run(float{}) : run(uint16_t{});
+  of_type(q, run);
   return ffi::Error::Success();
 }
 

@@ -5,6 +5,7 @@
 // words. For few rows x is the right side instead, and weights are read once, as they lie; for many, a panel of weights at
 // a time is packed, which then serves all rows. Of weights [K, N] it is two rows interleaved, cheap enough for any x.
 
+#include "numbers.h"
 #include "parallel.h"
 #include "quantize.h"
 #include "tiles.h"
@@ -281,11 +282,11 @@ ffi::Error run_quantized(ffi::ThreadPool& pool, const Weights& w, ffi::AnyBuffer
 ffi::Error quantized_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> w,
                             ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> out) {
   const Weights weights{w.typed_data(), w.dimensions()[0], scales.typed_data(), w.dimensions()[1]};
-  const bool wide_in = x.element_type() == ffi::F32, wide_out = out->element_type() == ffi::F32;
-  if (wide_in && wide_out) return run_quantized<float, float>(pool, weights, x, out);
-  if (wide_in) return run_quantized<float, uint16_t>(pool, weights, x, out);
-  if (wide_out) return run_quantized<uint16_t, float>(pool, weights, x, out);
-  return run_quantized<uint16_t, uint16_t>(pool, weights, x, out);
+  return of_type(x, [&](auto in) {
+    return of_type(*out, [&](auto result) {
+      return run_quantized<decltype(in), decltype(result)>(pool, weights, x, out);
+    });
+  });
 }
 
 template <typename Out>
@@ -311,8 +312,7 @@ ffi::Error run_bfloat16(ffi::ThreadPool& pool, ffi::Buffer<ffi::BF16> x, ffi::Bu
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> w, bool transposed,
                   ffi::Result<ffi::AnyBuffer> out) {
-  if (out->element_type() == ffi::F32) return run_bfloat16<float>(pool, x, w, transposed, out);
-  return run_bfloat16<uint16_t>(pool, x, w, transposed, out);
+  return of_type(*out, [&](auto result) { return run_bfloat16<decltype(result)>(pool, x, w, transposed, out); });
 }
 
 }  // namespace

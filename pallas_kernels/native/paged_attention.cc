@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "key_products.h"
+#include "numbers.h"
 #include "parallel.h"
 #include "softmax.h"
 #include "vectors.h"
@@ -309,7 +310,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffe
                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> pages) {
   Arguments a{q,     k_new, v_new, data,    tables, lengths, starts, num_sequences,
               sinks, scale, softcap, window, out,    pages};
-  return q.element_type() == ffi::F32 ? run_with<float>(pool, a) : run_with<uint16_t>(pool, a);
+  return of_type(q, [&](auto number) { return run_with<decltype(number)>(pool, a); });
 }
 
 }  // namespace

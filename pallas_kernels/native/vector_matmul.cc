@@ -4,6 +4,7 @@
 // (Goto and van de Geijn, doi:10.1145/1356052.1356053). Then each thread packs a block of the left side that stays in
 // its second-level cache, and takes the panels past it. How the work is shared out does not change any sum's order.
 
+#include "numbers.h"
 #include "parallel.h"
 #include "products.h"
 #include "vectors.h"
@@ -147,8 +148,9 @@ ffi::Error run(ffi::ThreadPool& pool, ffi::AnyBuffer a, ffi::AnyBuffer b, bool a
 
 ffi::Error vector_matmul(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, bool a_transposed, bool b_transposed,
                          ffi::Result<ffi::Buffer<ffi::F32>> out) {
-  if (a.element_type() == ffi::F32) return run<float>(pool, a, b, a_transposed, b_transposed, out);
-  return run<uint16_t>(pool, a, b, a_transposed, b_transposed, out);
+  return of_type(a, [&](auto number) {
+    return run<decltype(number)>(pool, a, b, a_transposed, b_transposed, out);
+  });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "numbers.h"
 #include "parallel.h"
 #include "quantize.h"
 #include "vectors.h"
@@ -152,16 +153,12 @@ ffi::Error run(ffi::ThreadPool& pool, const Weights& w, const ffi::AnyBuffer& x,
 ffi::Error vector_quantized_matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> w,
                                    ffi::Buffer<ffi::F32> scales, bool codes, ffi::Result<ffi::AnyBuffer> out) {
   const Weights weights{w.typed_data(), scales.typed_data(), w.dimensions()[0], w.dimensions()[1]};
-  const auto with = [&](auto kind, auto in, auto result) {
-    using Out = decltype(result);
-    return run<decltype(kind), decltype(in)>(pool, weights, x, static_cast<Out*>(out->untyped_data()));
-  };
   const auto of = [&](auto kind) {
-    const bool wide_in = x.element_type() == ffi::F32, wide_out = out->element_type() == ffi::F32;
-    if (wide_in && wide_out) return with(kind, float{}, float{});
-    if (wide_in) return with(kind, float{}, uint16_t{});
-    if (wide_out) return with(kind, uint16_t{}, float{});
-    return with(kind, uint16_t{}, uint16_t{});
+    return of_type(x, [&](auto in) {
+      return of_type(*out, [&](auto result) {
+        return run<decltype(kind), decltype(in)>(pool, weights, x, static_cast<decltype(result)*>(out->untyped_data()));
+      });
+    });
   };
   return codes ? of(CodeProducts{}) : of(NumberProducts{});
 }

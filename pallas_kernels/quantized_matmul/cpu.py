@@ -27,11 +27,11 @@ def quantized_matmul(
     out = jax.ShapeDtypeStruct((len(x), w.data.shape[0]), out_dtype if plain else jnp.float32)
     x = jnp.pad(x, ((0, 0), (0, w.padded_size - w.size)))
     codes = activations == "int8"
-    if codes and native().tiles:
-        call = jax.ffi.ffi_call("pallas_kernels.quantized_matmul", out, vmap_method="sequential")
-        return finish(call(x, w.data, w.scales[0]), bias, activation, out_dtype)
-    call = jax.ffi.ffi_call("pallas_kernels.vector_quantized_matmul", out, vmap_method="sequential")
-    return finish(call(x, w.data, w.scales[0], codes=codes), bias, activation, out_dtype)
+    target, how = (
+        ("quantized_matmul", {}) if codes and native().tiles else ("vector_quantized_matmul", {"codes": codes})
+    )
+    call = jax.ffi.ffi_call(f"pallas_kernels.{target}", out, vmap_method="sequential")
+    return finish(call(x, w.data, w.scales[0], **how), bias, activation, out_dtype)
 
 
 def refuse(chip: Chip, arguments: Arguments) -> str | None:

@@ -19,12 +19,9 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache that is on."""
-    monkeypatch.setenv("LLMOS_HOME", str(tmp_path))
-    monkeypatch.setenv("LLMOS_CACHE_BYTES", "1000000000")
+def home(empty_cache: Path) -> Path:
     module._known.cache_clear()
-    return tmp_path
+    return empty_cache
 
 
 @pytest.mark.parametrize("name", CONFIGS)

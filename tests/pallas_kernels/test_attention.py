@@ -13,12 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import attention
 from pallas_kernels.attention import xla
-from pallas_kernels.native import native
 from tests.pallas_kernels import naive
+from tests.pallas_kernels.host import here, needs_compiler
 from tests.tiny import relative_error
 
-here = native()
-needs_compiler = pytest.mark.skipif(bool(here.missing), reason=f"the native library {here.missing}")
 needs_bfloat16 = pytest.mark.skipif(bool(here.missing) or here.tiles, reason="bfloat16 is XLA's on this machine")
 
 GRADIENTS = ("dq", "dk", "dv", "d_sinks", "d_bias")

@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import cpu
-from pallas_kernels.native import native
-
-needs_compiler = pytest.mark.skipif(bool(native().missing), reason=f"the native library {native().missing}")
+from tests.pallas_kernels.host import needs_compiler
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

@@ -15,14 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, cpu, dispatch, quantize, quantized_matmul
-from pallas_kernels.native import _why, native
+from pallas_kernels.native import _why
 from pallas_kernels.paged_attention.api import cascade_attention, paged_attention
 from pallas_kernels.quantized_matmul import cpu as quantized_cpu
+from tests.pallas_kernels.host import here, needs_compiler, needs_tiles
 from tests.pallas_kernels.ragged_pages import expected, make
-
-here = native()
-needs_compiler = pytest.mark.skipif(bool(here.missing), reason=f"the native library {here.missing}")
-needs_tiles = pytest.mark.skipif(not here.tiles, reason="this processor has no AMX")
 
 SIZES = {"tokens": 300, "rows": 4, "page_size": 16, "columns": 24, "pool": 96}
 # (tokens in the pool, new tokens): decoding, whole prompts, chunks whose borders lie inside pages and blocks of keys

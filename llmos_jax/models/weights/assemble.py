@@ -2,9 +2,7 @@
 
 import functools
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from llmos_jax.config import ModelConfig
 from llmos_jax.models.weights.names import Entry, Index, Slot, slots
+from llmos_jax.models.weights.threads import NUM_THREADS, threads
 
 Progress = Callable[[int, int], None]  # bytes placed so far, bytes in all
 
@@ -84,17 +83,12 @@ def _copy(target: np.ndarray, values: np.ndarray) -> None:
     if target.ndim < 2:
         target[...] = values
         return
-    rows = -(-len(target) // _threads()._max_workers)
+    rows = -(-len(target) // NUM_THREADS)
 
     def part(start: int) -> None:
         target[start : start + rows] = values[start : start + rows]
 
-    list(_threads().map(part, range(0, len(target), rows)))
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "copy")
+    list(threads().map(part, range(0, len(target), rows)))
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -16,7 +16,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ import numpy as np
 
 from llmos_jax.compiler import cache
 from llmos_jax.config import ModelConfig
+from llmos_jax.files import digest_of_modules, draft_of, seal
 from llmos_jax.models.weights.assemble import is_on_host
+from llmos_jax.models.weights.threads import threads
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
 Params = dict[str, jax.Array]
@@ -68,12 +69,10 @@ def converted(source: Path, model: ModelConfig, abstract: Abstract, convert: Cal
 
 def _identity(source: Path, model: ModelConfig, abstract: Abstract) -> str:
     """sha256 of all that decides the arrays: the file (not its name), the model and the code that converts."""
-    status, code = source.stat(), hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(file.read_bytes())
+    status = source.stat()
     parts = (
         (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns),
-        (code.hexdigest(), metadata.version("gguf"), np.__version__),
+        (digest_of_modules(Path(__file__).parent), metadata.version("gguf"), np.__version__),
         repr(model),
         [(path, leaf.shape, str(leaf.dtype)) for path, leaf in abstract.items()],
     )
@@ -85,8 +84,8 @@ def _map(file: Path, abstract: Abstract) -> Params:
     with file.open("rb") as opened:
         # Copied where it is written to: a program that reuses the memory of its arguments does not reach the file.
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    seal, line = data.readline(), data.readline()
-    if seal != _seal(line):
+    line_of_seal, line = data.readline(), data.readline()
+    if line_of_seal != seal(MAGIC, line):
         raise _Damaged("the beginning is not as it was written")
     stored = {entry["path"]: entry for entry in json.loads(line)["arrays"]}
 
@@ -97,8 +96,7 @@ def _map(file: Path, abstract: Abstract) -> Params:
             raise _Damaged(f"the checksum of {path} does not fit")
         return values
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
-        arrays = dict(zip(abstract, threads.map(array, abstract), strict=True))
+    arrays = dict(zip(abstract, threads().map(array, abstract), strict=True))
     with contextlib.suppress(OSError):
         os.utime(file)  # the last use
     return {path: jax.device_put(values, abstract[path].sharding, may_alias=True) for path, values in arrays.items()}
@@ -114,18 +112,10 @@ def _write(file: Path, source: Path, params: Params, seconds: float) -> None:
         end += -(-values.nbytes // BOUNDARY) * BOUNDARY
     header = {"program": "weights", "source": source.name, "target": "cpu:1", "compile_seconds": round(seconds, 3)}
     line = json.dumps(header | {"arrays": entries}).encode() + b"\n"
-    draft = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
-    try:
+    with draft_of(file) as draft:
         with draft.open("wb") as opened:
-            opened.write(_seal(line) + line)
+            opened.write(seal(MAGIC, line) + line)
             for entry, values in zip(entries, arrays.values(), strict=True):
                 opened.seek(entry["offset"])
                 opened.write(np.ascontiguousarray(values).view(np.uint8).data)
         draft.chmod(0o600)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _seal(line: bytes) -> bytes:
-    return MAGIC + b" " + hashlib.sha256(line).hexdigest().encode() + b"\n"

@@ -6,14 +6,13 @@ bytes of all rows' blocks lie side by side, then the second ones, and so on. Eve
 comes out is turned already.
 """
 
-import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+
+from llmos_jax.models.weights.threads import threads
 
 PIECE = 2**18  # numbers that a thread makes at once: they stay in its cache from one operation to the next
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
@@ -53,7 +52,7 @@ def dequantize(data: np.ndarray, kind: Kind, by_columns: bool = False) -> np.nda
             numbers[part, block * size : (block + len(turned)) * size] = made.reshape(-1, turned.shape[2]).T
 
     starts = [(row, block) for block in range(0, count, num_blocks) for row in range(0, rows, num_rows)]
-    list(_threads().map(piece, *zip(*starts, strict=True)))
+    list(threads().map(piece, *zip(*starts, strict=True)))
     return numbers.reshape(*data.shape[:-1], -1) if not by_columns else numbers
 
 
@@ -66,13 +65,8 @@ def _by_package(blocks: np.ndarray, kind: Kind) -> np.ndarray:
         # As a single row: the package works through 16 rows at a time, which are short ones in small models.
         numbers[i : i + count] = gguf.dequantize(flat[i : i + count].reshape(1, -1), kind).reshape(-1, size)
 
-    list(_threads().map(piece, range(0, len(flat), count)))
+    list(threads().map(piece, range(0, len(flat), count)))
     return numbers
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "dequantize")
 
 
 # Each type: blocks uint8 [blocks, bytes of a block, rows] -> out float32 [blocks, numbers of a block, rows]. The layouts

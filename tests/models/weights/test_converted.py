@@ -19,12 +19,8 @@ from tests.models.weights import gguf_files
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache that is on."""
-    monkeypatch.setenv("LLMOS_HOME", str(tmp_path))
-    monkeypatch.setenv("LLMOS_CACHE_BYTES", "1000000000")
-    monkeypatch.setattr(cache, "_said", set())
-    return tmp_path
+def home(empty_cache: Path) -> Path:
+    return empty_cache
 
 
 @pytest.fixture
