@@ -21,10 +21,10 @@ from llmos_jax.compiler.roofline import Weight, attention_pairs, train_flops, we
 from llmos_jax.compiler.target import Target
 from llmos_jax.config import MeshConfig, ModelConfig, RunConfig, require
 
-LOGITS_AT_ONCE = 2**24  # elements of a chunk of logits in the fused loss (pallas_kernels/linear_cross_entropy)
-# Products of the head, forward and backward. Elsewhere the loss makes its gradients in the forward pass, three in all; the
-# TPU's kernel makes the logits again for each gradient.
-HEAD_PRODUCTS = {"tpu": (1, 4)}
+# Bytes of a chunk of logits and of their gradient in the fused loss (pallas_kernels/linear_cross_entropy): on a TPU one lies
+# in the other's place, and a chunk has at most that share of the memory.
+LOGITS_BYTES = {"tpu": 2**31, "gpu": 2**29, "cpu": 2**27}
+TPU_LOGITS_SHARE = 1 / 16
 FACTORED_FROM = 128  # adafactor factors a matrix whose two largest dimensions are at least this (optax)
 BATCH_AXES = ("data", "fsdp", "expert")  # those that hold different sequences
 
@@ -63,7 +63,7 @@ class TrainingMemory:
         return self.total <= chip.usable_bytes
 
 
-def training_memory(config: RunConfig, sizes: Sizes) -> TrainingMemory:
+def training_memory(config: RunConfig, sizes: Sizes, chip: Chip) -> TrainingMemory:
     """Of one step of `config` on a mesh of `sizes` (config.mesh_shape)."""
     model, train = config.model, config.train
     stored, compute = itemsize(model.param_dtype), itemsize(model.dtype)
@@ -88,7 +88,9 @@ def training_memory(config: RunConfig, sizes: Sizes) -> TrainingMemory:
         gradients=parameters * (stored + (4 if train.accumulate > 1 else 0)),
         activations=kept * compute,
         working=max(
-            _body_bytes(model, tokens, sizes), _loss_bytes(model, tokens, sizes), _embedding_gradient(model, sizes)
+            _body_bytes(model, tokens, sizes),
+            _loss_bytes(model, tokens, sizes, chip),
+            _embedding_gradient(model, sizes),
         ),
         batch=tokens * train.accumulate * 20.0,  # four int32 fields and a float32 one
     )
@@ -172,12 +174,15 @@ def _head_elements(model: ModelConfig, sizes: Sizes, without: tuple[str, ...] = 
     return model.embed_dim * model.vocab_size / math.prod(sizes[a] for a in {"fsdp", "tensor"} - set(without))
 
 
-def _loss_bytes(model: ModelConfig, tokens: float, sizes: Sizes) -> float:
+def _loss_bytes(model: ModelConfig, tokens: float, sizes: Sizes, chip: Chip) -> float:
     """The last hidden states and their gradient, the gathered head, its float32 gradient as it is summed and once more
     as it leaves the loss, a chunk of logits and of their gradient."""
     compute, head = itemsize(model.dtype), _head_elements(model, sizes, ("fsdp",))
-    logits = min(LOGITS_AT_ONCE, tokens * model.vocab_size / sizes["tensor"])
-    return 2 * tokens * model.embed_dim * compute + head * (compute + 8) + 2 * logits * 4
+    most, each = float(LOGITS_BYTES[chip.platform]), 8
+    if chip.platform == "tpu":
+        most, each = min(most, TPU_LOGITS_SHARE * chip.memory_bytes), compute
+    logits = min(most, tokens * model.vocab_size / sizes["tensor"] * each)
+    return 2 * tokens * model.embed_dim * compute + head * (compute + 8) + logits
 
 
 def _embedding_gradient(model: ModelConfig, sizes: Sizes) -> float:
@@ -280,12 +285,11 @@ def _compute_seconds(config: RunConfig, target: Target) -> tuple[float, float, f
     products, grouped = (2.0 * part * train.seq_len * rows / (peak * chip.matmul_share) for part in flops[:2])
     attention = flops[2] * rows / (peak * chip.attention_share)
     head = 2.0 * model.embed_dim * model.vocab_size * train.seq_len * rows / (peak * chip.matmul_share)
-    head_forward, head_backward = HEAD_PRODUCTS.get(chip.platform, (3, 0))
     again = 2.0 * _recomputed(model) * train.seq_len * rows / (peak * chip.matmul_share)
     again += (0.0 if model.remat == "none" else grouped) + (attention if _attends_again(model) else 0.0)
-    # Flash attention's backward pass has five products where the forward has two (arXiv:2205.14135).
-    forward = products + grouped + attention + head_forward * head
-    return forward, 2 * (products + grouped) + 2.5 * attention + head_backward * head, again
+    # The loss makes its gradients in the forward pass, three products in all. Flash attention's backward pass has five
+    # where the forward has two (arXiv:2205.14135).
+    return products + grouped + attention + 3 * head, 2 * (products + grouped) + 2.5 * attention, again
 
 
 def _saved(model: ModelConfig) -> set[str]:

@@ -49,7 +49,7 @@ def evaluate(config: RunConfig, target: Target, settings: tuple[str, ...]) -> Ca
     except UserError:
         return None
     rate = changed.train.batch_size * changed.train.seq_len / time.step
-    return Candidate(settings, training_memory(changed, sizes).total, time.step, time.mfu, rate)
+    return Candidate(settings, training_memory(changed, sizes, target.chip).total, time.step, time.mfu, rate)
 
 
 def remats(config: RunConfig) -> Iterator[tuple[str, ...]]:

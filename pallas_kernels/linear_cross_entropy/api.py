@@ -38,10 +38,9 @@ def linear_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy of softmax(x w) without ever holding the [M, V] logits; differentiable in x and w.
 
-    "xla" takes tokens in chunks. Where gradients are wanted it computes them in the same pass, since the loss is a sum
-    and its cotangent a scalar: three products in all. "tpu" takes blocks of tokens and vocabulary whose logits stay on
-    the chip, and computes them again for each gradient. "gpu" does that for the loss, and for gradients it takes chunks
-    as "xla" does, of exponentials in half precision. "reference" holds all logits.
+    Where gradients are wanted they are computed in the same pass, since the loss is a sum and its cotangent a scalar:
+    three products in all, for chunks of tokens. "xla" holds the logits of a chunk. The kernels of "tpu" and "gpu" leave
+    none for the loss alone, and for gradients the exponentials of a chunk in x's type. "reference" holds all logits.
 
     Args:
       x: final hidden states.

@@ -10,22 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels import blocks, dispatch, hopper
-from pallas_kernels.linear_cross_entropy import xla
+from pallas_kernels.linear_cross_entropy import chunked
+from pallas_kernels.linear_cross_entropy.chunked import Options, Softmax
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 FEATURES = 64  # of a step
-
-
-class Options(NamedTuple):
-    """What is known when the kernel is compiled."""
-
-    transposed: bool
-    z_loss: float
-    softcap: float | None
-    vocab_axis: str | None
+CHUNK_ROWS = 256  # that a chunk's tokens are a multiple of
 
 
 class Chunk(NamedTuple):
@@ -54,60 +47,30 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
 def linear_cross_entropy(x, w, labels, weights, *, transposed, z_loss, softcap, vocab_axis):
     """See `api.linear_cross_entropy`."""
     options = Options(transposed, z_loss, softcap, vocab_axis)
-    labels, vocab = labels.astype(jnp.int32), w.shape[0 if transposed else 1]
-    if vocab_axis is not None:
-        labels = labels - lax.axis_index(vocab_axis) * vocab
-    labels = jnp.where(labels < vocab, labels, -1)  # nor may it be in the padding of the last block
-    return _loss(options, x, w, labels, weights.astype(jnp.float32))
+    return _loss(options, x, w, chunked.labels_here(options, w, labels), weights.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(options: Options, x, w, labels, weights):
-    rows = _statistics(options, x, w, labels, exponentials=False)
-    return _sums(options, rows, weights)
+    return _statistics(options, x, w, labels, exponentials=False).softmax.sums(options, weights)
 
 
-def _forward(options: Options, x, w, labels, weights):
-    """Loss and gradients, chunk by chunk."""
-    tokens, vocab = x.shape[0], w.shape[0 if options.transposed else 1]
+def _loss_and_gradients(options: Options, x, w, labels, weights):
+    tokens, vocab = x.shape[0], options.vocab(w)
     key = {"D": x.shape[1], "V": vocab, "M": tokens, "dtype": x.dtype.name}
-    size = _chunk(blocks.pick("linear_cross_entropy.chunk", key, CHUNKS), tokens, vocab)
-    if size >= tokens:
-        sums, dx, dw = _chunk_gradients(options, x, w, labels, weights)
-        return sums, (dx, dw.astype(w.dtype))
-
-    def split(a):
-        a = jnp.pad(a, [(0, -tokens % size)] + [(0, 0)] * (a.ndim - 1))
-        return a.reshape(-1, size, *a.shape[1:])
-
-    def add(total, chunk):
-        part, dx, dw = _chunk_gradients(options, chunk[0], w, *chunk[1:])
-        return (total[0] + part[0], total[1] + part[1], total[2] + dw), dx
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(w.shape, jnp.float32))
-    (loss, nll, dw), dx = lax.scan(add, start, (split(x), split(labels), split(weights)))
-    return (loss, nll), (dx.reshape(-1, x.shape[1])[:tokens], dw.astype(w.dtype))
+    most = blocks.pick("linear_cross_entropy.chunk", key, CHUNKS).elements // vocab
+    size = chunked.even(tokens, most, CHUNK_ROWS)
+    return chunked.loss_and_gradients(size, functools.partial(_of_chunk, options), x, w, labels, weights)
 
 
-_loss.defvjp(_forward, xla.backward)
-
-
-def _chunk(chunk: Chunk, tokens: int, vocab: int) -> int:
-    """Tokens at a time: as few equal chunks as may be, each of whole blocks of rows."""
-    most = max(1, chunk.elements // vocab // 256) * 256
-    if tokens <= most:
-        return tokens
-    even = -(-tokens // -(-tokens // most))
-    return even + -even % 256
+_loss.defvjp(_loss_and_gradients, chunked.backward)
 
 
 class _Rows(NamedTuple):
-    """What is known of each token, float32 [M], and of its exponentials."""
+    """What is known of each token, and of its exponentials."""
 
-    lse: Array
-    label_logit: Array
-    top: Array  # [blocks of the vocabulary, M], what the exponentials are relative to, in units of log 2
+    softmax: Softmax
+    top: Array  # float32 [blocks of the vocabulary, M], what the exponentials are relative to, in units of log 2
     exponentials: Array | None  # [M, V]
     columns: int  # of a block
 
@@ -116,7 +79,7 @@ def _statistics(options: Options, x, w, labels, exponentials: bool) -> _Rows:
     from pallas_kernels.attention.gpu_tiles import LOG2E
     from pallas_kernels.linear_cross_entropy import gpu_logits
 
-    tokens, vocab = x.shape[0], w.shape[0 if options.transposed else 1]
+    tokens, vocab = x.shape[0], options.vocab(w)
     found = gpu_logits.candidates(tokens, x.dtype.itemsize, exponentials)
     key: dict[str, Any] = {"D": x.shape[1], "V": vocab, "M": tokens, "dtype": x.dtype.name}
     name = "linear_cross_entropy.exponentials" if exponentials else "linear_cross_entropy.forward"
@@ -130,48 +93,26 @@ def _statistics(options: Options, x, w, labels, exponentials: bool) -> _Rows:
     block_top, total, picked = (a[:, :tokens] for a in got[:3])
     top = jnp.max(block_top, axis=0)
     total = jnp.sum(total * jnp.exp2(block_top - top), axis=0)
-    lse, label_logit = (top + jnp.log2(total)) / LOG2E, jnp.sum(picked, axis=0)
-    if options.vocab_axis is not None:
-        highest = lax.pmax(lse, options.vocab_axis)
-        total, label_logit = lax.psum((jnp.exp(lse - highest), label_logit), options.vocab_axis)
-        lse = highest + jnp.log(total)
+    softmax = Softmax((top + jnp.log2(total)) / LOG2E, jnp.sum(picked, axis=0)).joined(options)
     written = None if got.exponentials is None else got.exponentials[:tokens, :vocab]
-    return _Rows(lse, label_logit, block_top, written, block.columns)
+    return _Rows(softmax, block_top, written, block.columns)
 
 
-def _sums(options: Options, rows: _Rows, weights) -> tuple[Array, Array]:
-    nll = rows.lse - rows.label_logit
-    return jnp.sum(weights * (nll + options.z_loss * rows.lse**2)), jnp.sum(weights * nll)
-
-
-def _chunk_gradients(options: Options, x, w, labels, weights):
-    """((loss, nll), dx, dw) of some tokens; dw in float32."""
+def _of_chunk(options: Options, x, w, labels, weights, so_far):
     rows = _statistics(options, x, w, labels, exponentials=True)
     d_logits = _d_logits(options, rows, labels, weights).astype(x.dtype)
-    dx = _dot(d_logits, w, 1, 0 if options.transposed else 1)
-    dw = _dot(d_logits, x, 0, 0) if options.transposed else _dot(x, d_logits, 0, 0)
-    return _sums(options, rows, weights), dx.astype(x.dtype), dw
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """a b in float32, summed over an axis of each."""
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    dx = chunked.dot(d_logits, w, 1, 0 if options.transposed else 1)
+    dw = chunked.dot(d_logits, x, 0, 0) if options.transposed else chunked.dot(x, d_logits, 0, 0)
+    return rows.softmax.sums(options, weights), dx.astype(x.dtype), dw if so_far is None else so_far + dw
 
 
 def _d_logits(options: Options, rows: _Rows, labels, weights) -> Array:
-    """weight * (softmax * (1 + 2 z lse) - [label]) * softcap's slope.
-
-    The label's is computed from its logit: one less a softmax near one, in half precision, has few digits.
-    """
     from pallas_kernels.attention.gpu_tiles import LOG2E
 
     assert rows.exponentials is not None
     tokens, vocab = rows.exponentials.shape
-    of_softmax = weights * (1.0 + 2.0 * options.z_loss * rows.lse)
-    of_label = of_softmax * jnp.exp(rows.label_logit - rows.lse) - weights
-    if options.softcap is not None:
-        of_label = of_label * (1.0 - (rows.label_logit / options.softcap) ** 2)
-    factor = jnp.exp2(rows.top - rows.lse * LOG2E) * of_softmax
+    of_softmax, of_label = rows.softmax.gradient(options, weights)
+    factor = jnp.exp2(rows.top - rows.softmax.lse * LOG2E) * of_softmax
     factor = jnp.broadcast_to(factor.T[:, :, None], (tokens, len(factor), rows.columns))
     softmax = rows.exponentials * factor.reshape(tokens, -1)[:, :vocab]
     is_label = labels[:, None] == jnp.arange(vocab, dtype=jnp.int32)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import blocks, dispatch, hopper, linear_cross_entropy
-from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
+from pallas_kernels.linear_cross_entropy import chunked, gpu, reference, tpu, xla
 
 
 class Case(NamedTuple):
@@ -169,17 +169,44 @@ def test_tpu_kernels_on_a_split_vocabulary_equal_a_whole_one(transposed, monkeyp
     compare((loss, nll, dx / 2.5, dw / 2.5), expected(case), tolerance=1e-5)
 
 
-def test_the_tpu_kernels_never_hold_the_logits(monkeypatch):
+@settings(max_examples=15)
+@given(
+    offsets=st.lists(st.sampled_from([0.0, 40.0, 63.0, 66.0, 130.0, 300.0, -100.0]), min_size=4, max_size=4),
+    seed=st.integers(0, 100),
+)
+def test_exponentials_far_above_their_reference_equal_numpy(offsets, seed):
+    """The logits of four blocks of the vocabulary lie far apart, so that rows change their reference on the way."""
+    case = Case(tokens=9, vocab=512, z_loss=0.001, seed=seed)
+    x, w, *rest = case.arrays()
+    x[:, 0], w[0] = 1.0, np.repeat(offsets, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        interpreted_with(patch)
+        got = differentiate((*case.options().items(),), x, w, *rest, on_tpu)
+    compare(got, expected(case, (x, w, *rest)), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_tpu_kernels_in_chunks_of_tokens_equal_numpy(transposed, monkeypatch):
+    interpreted_with(monkeypatch)
+    monkeypatch.setattr(tpu, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(tpu, "CHUNK_ROWS", 16)
+    case = Case(tokens=45, vocab=200, transposed=transposed, z_loss=0.1)
+    compare(differentiate((*case.options().items(),), *case.arrays(), on_tpu), expected(case), tolerance=1e-5)
+
+
+def test_the_tpu_kernels_hold_logits_of_one_chunk_and_none_for_the_loss_alone(monkeypatch):
     """Not in the kernels, nor between them."""
     interpreted_with(monkeypatch)
     monkeypatch.setattr(tpu.dispatch, "interpreted", lambda: False)  # the kernel stays one operation
     monkeypatch.setattr(tpu, "_vmem_limit", lambda: 2**26)
-    tokens, features, vocab = 64, 4, 512
+    tokens, features, vocab, chunk = 64, 4, 512, 16
+    monkeypatch.setattr(tpu, "_chunk_bytes", lambda: chunk * vocab * 4)
+    monkeypatch.setattr(tpu, "CHUNK_ROWS", chunk)
     specs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (features, vocab))]
     labels, weights = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
     run = functools.partial(differentiate.__wrapped__, (), function=on_tpu)
-    made = jax.make_jaxpr(lambda x, w: run(x, w, labels, weights))(*specs)
-    assert max(sizes(made.jaxpr)) < tokens * vocab
+    assert max(sizes(jax.make_jaxpr(lambda x, w: run(x, w, labels, weights))(*specs).jaxpr)) == chunk * vocab
+    assert max(sizes(jax.make_jaxpr(lambda x, w: on_tpu(x, w, labels, weights))(*specs).jaxpr)) < chunk * vocab
 
 
 on_gpu = functools.partial(linear_cross_entropy, implementation="gpu")
@@ -205,7 +232,8 @@ def test_hopper_kernel_equals_numpy_where_no_block_divides(transposed, monkeypat
     monkeypatch.setattr(kernel, "candidates", lambda *args: [block])
     monkeypatch.setattr(kernel, "NUM_CORES", 2)
     if transposed:
-        monkeypatch.setattr(gpu, "_chunk", lambda *args: 100)
+        monkeypatch.setattr(gpu, "CHUNKS", (gpu.Chunk(100 * 300),))
+        monkeypatch.setattr(gpu, "CHUNK_ROWS", 50)
     case = Case(150, 128, 300, transposed, z_loss=0.1, softcap=2.0 if transposed else None)
     arrays = in_half(case)
     want = expected_in_half(case, arrays)
@@ -280,10 +308,10 @@ def test_statistics_of_a_split_vocabulary_are_joined(transposed, monkeypatch):
 
 
 def test_chunks_of_tokens_are_even_and_of_whole_blocks():
-    assert gpu._chunk(gpu.Chunk(2**26), 8192, 32000) == 2048
-    assert gpu._chunk(gpu.Chunk(2**26), 8200, 32000) == 1792  # five of 1640
-    assert gpu._chunk(gpu.Chunk(2**26), 1000, 32000) == 1000
-    assert gpu._chunk(gpu.Chunk(2**10), 1000, 32000) == 256
+    assert chunked.even(8192, 2100, 256) == 2048
+    assert chunked.even(8200, 2100, 256) == 1792  # five of 1640
+    assert chunked.even(1000, 2100, 256) == 1000
+    assert chunked.even(1000, 3, 256) == 256
 
 
 @pytest.mark.parametrize("exponentials", [False, True])

@@ -58,7 +58,7 @@ def test_a_candidate_is_scored_as_the_configuration_it_stands_for():
     for one in filter(None, itertools.islice(candidates.every(CONFIG, CPUS), 200)):
         config = apply_settings(CONFIG, list(one.settings))
         check(config, 8)
-        assert one.memory == training_memory(config, mesh_shape(config.mesh, 8)).total
+        assert one.memory == training_memory(config, mesh_shape(config.mesh, 8), CPUS.chip).total
         assert one.tokens_per_second == pytest.approx(16 * 16 / one.seconds)
         assert (config.train.batch_size, config.train.seq_len) == (16, 16)
 
@@ -103,7 +103,7 @@ def test_advice_fits_by_the_formula_it_was_given_by(share: float, now: float):
     for one in found:
         config = apply_settings(WIDE, list(one.settings))
         check(config, 8)
-        memory = training_memory(config, mesh_shape(config.mesh, 8)).total
+        memory = training_memory(config, mesh_shape(config.mesh, 8), CPUS.chip).total
         assert one.peak == pytest.approx(2 * memory) and one.peak <= capacity
         assert one.slower > 0
     smaller = ["batch_size" in " ".join(one.settings) for one in found]
