@@ -21,7 +21,7 @@ from pallas_kernels.partition import auto_axes, varying_axes
 
 STEP = 32  # inputs that a tile takes at once
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
-SMALLEST = 64  # rows and outputs that are worth packing both sides
+SMALLEST = 32  # rows and outputs that are worth packing both sides
 NAME = "product"
 TILES, VECTORS = "pallas_kernels.matmul", "pallas_kernels.vector_matmul"
 

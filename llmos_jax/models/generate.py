@@ -1,10 +1,9 @@
 """Generation: a compiled prefill, a compiled decode step, and a KV cache that both write in place."""
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from llmos_jax.models.decoder import Unstacked  # takes Flax, which a program that was compiled before does not need
 
 SMALLEST_BUCKET = 32
+Key = tuple[str, int, int]  # of a program: its kind, the tokens it takes, and the size of the cache
 
 
 def bucket(length: int, most: int) -> int:
@@ -42,7 +42,7 @@ class Generator:
         self._read: Callable[[], Params] | None = params if callable(params) else None
         self._unstack = mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
         self._params: Any = None if callable(params) else self._laid_out(params)
-        self._programs: dict[tuple[str, int, int], Executable] = {}
+        self._programs: dict[Key, Future[Executable]] = {}
         self.timings: dict[str, float] = {}  # seconds: compile (and read), prefill, decode; tokens: decoded
 
     def __call__(
@@ -70,14 +70,15 @@ class Generator:
         length = bucket(len(prompt), self._model.max_seq_len)
         size = bucket(max(len(prompt) + max_tokens, length), self._model.max_seq_len)
         started = time.perf_counter()
-        prefill, decode = self._ready(("prefill", length, size), ("decode", 1, size))
+        prefill, *decode = self._begin(("prefill", length, size), *[("decode", 1, size)] * (max_tokens > 1))
+        run = prefill.result()
         self.timings = {"compile": time.perf_counter() - started, "prefill": 0.0, "decode": 0.0, "tokens": 0}
 
         started = time.perf_counter()
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(prompt)] = prompt
         draw = (np.array([temperature], np.float32), np.array([seed], np.uint32))
-        token, cache = prefill(self._params, tokens, np.array([len(prompt)], np.int32), *draw)
+        token, cache = run(self._params, tokens, np.array([len(prompt)], np.int32), *draw)
         step = int(np.asarray(token)[0, 0])
         self.timings["prefill"] = time.perf_counter() - started
         for position in range(len(prompt), len(prompt) + max_tokens):
@@ -88,37 +89,51 @@ class Generator:
             if position + 1 == len(prompt) + max_tokens:
                 return
             started = time.perf_counter()
-            token, cache = decode(self._params, token, np.array([position], np.int32), cache, *draw)
+            run = decode[0].result()
+            self.timings["compile"] += time.perf_counter() - started
+            started = time.perf_counter()
+            token, cache = run(self._params, token, np.array([position], np.int32), cache, *draw)
             step = int(np.asarray(token)[0, 0])
             self.timings["decode"] += time.perf_counter() - started
 
     def logits(self, tokens: list[int]) -> Float[Array, "T V"]:
         """Logits at every position of a text, float32."""
         ids = jax.ShapeDtypeStruct((1, len(tokens)), jnp.int32, sharding=replicated(self._mesh))
-        self._ready()
+        self._begin()
         program = Program("score", score, (self._model,), (self._abstract(), ids), self._mesh).compile()
         return program(self._params, np.asarray([tokens], np.int32))
 
-    def _ready(self, *wanted: tuple[str, int, int]) -> list[Executable]:
-        """The programs (kind, length, size), with the parameters there to call them with: all that is missing is
-        compiled, or loaded, and read at the same time."""
-        missing = [key for key in wanted if key not in self._programs]
-        if missing or self._read:
-            abstract = self._abstract()
-            with ThreadPoolExecutor(len(wanted) + 1) as threads:
-                reading = threads.submit(self._read) if self._read else None
-                self._programs |= zip(
-                    missing, threads.map(functools.partial(self._compile, abstract), missing), strict=True
-                )
-                if reading:
-                    self._params, self._read = self._laid_out(reading.result()), None
+    def _begin(self, first: Key | None = None, *others: Key) -> list[Future[Executable]]:
+        """The programs, and the parameters there to call them with: what is missing is compiled, or loaded, and read at
+        the same time.
+
+        What has to be compiled is waited for: nothing runs before all of it is known to fit. Where every program was
+        compiled before, only the first is waited for, and the others are loaded beside its run.
+        """
+        wanted = [key for key in (first, *others) if key is not None]
+        missing = {key: self._program(self._abstract(), key) for key in wanted if key not in self._programs}
+        all_stored = all(program.was_compiled() for program in missing.values())
+        with ThreadPoolExecutor(len(wanted) + 1) as threads:
+            reading = threads.submit(self._read) if self._read else None
+            made = {
+                key: threads.submit(program.compile)
+                for key, program in missing.items()
+                if key == first or not all_stored
+            }
+        if reading:
+            self._params, self._read = self._laid_out(reading.result()), None
+        for future in made.values():
+            future.result()  # raises what went wrong
+        beside = ThreadPoolExecutor(1)
+        self._programs |= made | {key: beside.submit(missing[key].compile) for key in missing.keys() - made.keys()}
+        beside.shutdown(wait=False)
         return [self._programs[key] for key in wanted]
 
-    def _compile(self, params, key: tuple[str, int, int]) -> Executable:
+    def _program(self, params, key: Key) -> Program:
         kind, length, size = key
         if kind == "prefill":
-            return prefill_program(self._model, self._mesh, params, 1, length, size).compile()
-        return decode_program(self._model, self._mesh, params, 1, size).compile()
+            return prefill_program(self._model, self._mesh, params, 1, length, size)
+        return decode_program(self._model, self._mesh, params, 1, size)
 
     def _laid_out(self, params: Params) -> "Params | Unstacked":
         return _unstacked(params, self._mesh) if self._unstack else params
