@@ -12,6 +12,7 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, dequantize, 
 from pallas_kernels.ragged_dot.api import ragged_dot
 from pallas_kernels.ring_attention.api import ring_attention
 from pallas_kernels.ring_attention.order import unzigzag, zigzag
+from pallas_kernels.rotary.api import rotary
 
 __all__ = [
     "KVPages",
@@ -27,6 +28,7 @@ __all__ = [
     "quantized_matmul",
     "ragged_dot",
     "ring_attention",
+    "rotary",
     "unzigzag",
     "zigzag",
 ]

@@ -18,7 +18,6 @@ from llmos_jax.models.layers import (
     Stack,
     adapted,
     add_adapters,
-    apply_rope,
     norm,
     out_std,
     parameter,
@@ -160,7 +159,7 @@ def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None
             y = y + w[f"{name}_bias"].astype(x.dtype)
         if f"{name}_norm" in w:
             y = norm(config, y, w[f"{name}_norm"])
-        return checkpoint_name(y if rope is None or name == "v" else apply_rope(y, rope), name)
+        return checkpoint_name(y if rope is None or name == "v" else pallas_kernels.rotary(y, *rope), name)
 
     return one("q"), one("k"), one("v")
 

@@ -278,10 +278,3 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], l
     # XLA's CPU compiler would compute them anew for each head of each layer, in the loops that use them, and heeds no
     # optimization_barrier. A branch stays where it is; positions are never negative.
     return lax.cond(jnp.max(positions) >= 0, tables, lambda angles: (angles, angles), angles)
-
-
-def apply_rope(x: Float[Array, "B T N H"], tables: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H/2), the layout of published weights."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

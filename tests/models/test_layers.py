@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from llmos_jax.config import RopeConfig
-from llmos_jax.models.layers import Embed, Mlp, Norm, apply_rope, out_std, parameter, rope_frequencies, rope_tables
+from llmos_jax.models.layers import Embed, Mlp, Norm, out_std, parameter, rope_frequencies, rope_tables
+from pallas_kernels import rotary
 from tests import tiny
 
 RNGS = nnx.Rngs(params=0)
@@ -169,7 +170,7 @@ def test_rotation_turns_the_pairs_of_both_halves():
     """As complex numbers: x_i + j x_{i + H/2} is multiplied by exp(j position frequency_i)."""
     positions = jnp.array([[0, 5, 2], [1, 1, 9]])
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
-    turned = apply_rope(x, rope_tables(RopeConfig(), 8, positions, local=False))
+    turned = rotary(x, *rope_tables(RopeConfig(), 8, positions, local=False))
     angles = np.asarray(positions)[..., None, None] * np.array(plain(8, 10_000.0))
     x = np.asarray(x, np.float64)
     want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
@@ -181,7 +182,7 @@ def test_scores_depend_on_the_distance_only():
 
     def score(t: int, s: int) -> float:
         turned = [
-            apply_rope(x, rope_tables(RopeConfig(), 8, jnp.array([[at]], jnp.int32), local=False))
+            rotary(x, *rope_tables(RopeConfig(), 8, jnp.array([[at]], jnp.int32), local=False))
             for x, at in ((q, t), (k, s))
         ]
         return float(jnp.vdot(*turned))
@@ -193,6 +194,6 @@ def test_scores_depend_on_the_distance_only():
 def test_bfloat16_inputs_are_turned_in_float32():
     x = jax.random.normal(jax.random.key(0), (1, 2, 1, 8)).astype(jnp.bfloat16)
     tables = rope_tables(RopeConfig(), 8, jnp.array([[0, 30_000]], jnp.int32), local=False)
-    turned = apply_rope(x, tables)
+    turned = rotary(x, *tables)
     assert turned.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(turned, apply_rope(x.astype(jnp.float32), tables).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(turned, rotary(x.astype(jnp.float32), *tables).astype(jnp.bfloat16))

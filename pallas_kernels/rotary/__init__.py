@@ -1,0 +1,1 @@
+"""Rotary position embeddings (arXiv:2104.09864)."""
