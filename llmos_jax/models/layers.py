@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from llmos_jax.config import ModelConfig, RopeConfig
@@ -163,7 +164,17 @@ def project(x: Array, weight: Array | QuantizedTensor, num_in: int = 1) -> Array
     if isinstance(weight, QuantizedTensor):
         return product(x.reshape(math.prod(tokens), -1), weight).reshape(*tokens, -1)
     size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
-    return matmul(x.reshape(-1, size), weight.reshape(size, -1)).reshape(*tokens, *out)
+    rows, matrix = row_major(x.reshape(-1, size)), row_major(weight.reshape(size, -1))
+    return matmul(rows, matrix).reshape(*tokens, *out)
+
+
+def row_major(x: Array) -> Array:
+    """On a TPU, x and its gradient with the last dimension innermost.
+
+    Left to itself the compiler lays heads of a projection out with tokens innermost, as [tokens, N * H] is no view of
+    [tokens, N, H] otherwise, and then the stream and what is kept of it; it copies all that before and after kernels.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if current_chip().platform == "tpu" else x
 
 
 def project_together(x: Array, weights: dict[str, Any], parts: dict[str, int]) -> dict[str, Array]:
