@@ -150,7 +150,7 @@ def _attend_paged(config: ModelConfig, options: dict, sequence: str | None, x, r
 
 
 def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None, w: dict[str, Any]):
-    weights = {name: whole(w[name], WEIGHTS[name], x.dtype) for name in ("q", "k", "v")}
+    weights = {name: _matrix(w, name, x.dtype) for name in ("q", "k", "v")}
     products = project_together(x, weights, {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads})
 
     def one(name: str) -> Float[Array, "B T heads H"]:
@@ -165,10 +165,22 @@ def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None
 
 
 def _project_out(out: Float[Array, "B T N H"], sequence: str | None, w: dict[str, Any]) -> Float[Array, "B t D"]:
-    y = project(out, whole(w["o"], WEIGHTS["o"], out.dtype), num_in=2)
-    out = sum_over_tensor(adapted(y, out.reshape(*out.shape[:2], -1), w, "o"), sequence)
-    out = out + w["o_bias"].astype(out.dtype) if "o_bias" in w else out
-    return checkpoint_name(out, "attention_out")
+    out = out.reshape(*out.shape[:2], -1)
+    y = sum_over_tensor(adapted(project(out, _matrix(w, "o", out.dtype)), out, w, "o"), sequence)
+    y = y + w["o_bias"].astype(y.dtype) if "o_bias" in w else y
+    return checkpoint_name(y, "attention_out")
+
+
+def _matrix(w: dict[str, Any], name: str, dtype) -> Any:
+    """A projection's weight, gathered, with its heads side by side: [D, heads * H], or [heads * H, D] for "o".
+
+    Side by side before it is gathered: a TPU pads a few heads to eight, and scatters the gradient's sums only of what
+    it has not padded.
+    """
+    weight, names = w[name], WEIGHTS[name]
+    if isinstance(weight, jax.Array):
+        weight = weight.reshape((weight.shape[0], -1) if name != "o" else (-1, weight.shape[-1]))
+    return whole(weight, tuple(part for part in names if part != "head_dim"), dtype)
 
 
 def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], offset: Int[Array, "B"]):

@@ -154,18 +154,15 @@ def activation(name: str, x: Array) -> Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-def project(x: Array, weight: Array | QuantizedTensor, num_in: int = 1) -> Array:
-    """x [B, T, *in] times weight [*in, *out] -> [B, T, *out]; `num_in` is the number of dimensions of `in`.
+def project(x: Float[Array, "B T D"], weight: Float[Array, "D F"] | QuantizedTensor) -> Float[Array, "B T F"]:
+    """x weight.
 
     Tokens become one dimension: a weight's gradient is then a plain product, which XLA's CPU backend computes several
-    times faster than one that contracts batch and sequence apart. A quantized weight is a matrix, [in, out].
+    times faster than one that contracts batch and sequence apart.
     """
-    tokens = x.shape[: x.ndim - num_in]
-    if isinstance(weight, QuantizedTensor):
-        return product(x.reshape(math.prod(tokens), -1), weight).reshape(*tokens, -1)
-    size, out = math.prod(weight.shape[:num_in]), weight.shape[num_in:]
-    rows, matrix = row_major(x.reshape(-1, size)), row_major(weight.reshape(size, -1))
-    return matmul(rows, matrix).reshape(*tokens, *out)
+    rows = row_major(x.reshape(-1, x.shape[-1]))
+    y = product(rows, weight) if isinstance(weight, QuantizedTensor) else matmul(rows, weight)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def row_major(x: Array) -> Array:
