@@ -34,6 +34,7 @@ class Case(NamedTuple):
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, str], int]
     backward: float = 3.0  # as of a loss: its logits, and two products of gradients
+    platforms: tuple[str, ...] = ("tpu", "gpu")  # that have a kernel of their own
 
 
 def build(op: str, dtype: str = "bfloat16", direction: str = "forward", implementation: Any = None, **given) -> Made:
@@ -109,6 +110,16 @@ def _attention(options, batch, heads, kv_heads, queries, keys, head_dim) -> Made
     q = Spec((batch, queries, heads, head_dim), dtype)
     k = Spec((batch, keys, kv_heads, head_dim), dtype)
     return _with_gradient(forward, (0, 1, 2), options), (q, k, k)
+
+
+def _rotary(options, tokens, heads, head_dim) -> Made:
+    rotary = _op("rotary")
+
+    def forward(x, cos, sin):
+        return rotary(x, cos, sin, implementation=options["implementation"])
+
+    table = Spec((1, tokens, 1, head_dim // 2), "float32")
+    return _with_gradient(forward, (0,), options), (Spec((1, tokens, heads, head_dim), options["dtype"]), table, table)
 
 
 def _ragged_dot(options, rows, inner, columns, groups) -> Made:
@@ -203,6 +214,18 @@ CASES: dict[str, Case] = {
             2 * _size(dtype) * s["batch"] * s["head_dim"] * (s["heads"] * s["queries"] + s["kv_heads"] * s["keys"])
         ),
         3.5,
+    ),
+    "rotary": Case(
+        _rotary,
+        {"tokens": 8192, "heads": 32, "head_dim": 128},
+        ("bfloat16", "float32"),
+        ("forward", "backward"),
+        "number",
+        lambda s: s["tokens"] * s["heads"] * s["head_dim"],
+        lambda s: 3 * s["tokens"] * s["heads"] * s["head_dim"],
+        lambda s, dtype: 2 * _size(dtype) * s["tokens"] * s["heads"] * s["head_dim"],
+        1.0,
+        ("tpu",),
     ),
     "ragged_dot": Case(
         _ragged_dot,
