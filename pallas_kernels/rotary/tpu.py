@@ -21,6 +21,7 @@ LANES, ALIGNMENT = 128, 16  # of a vector register; rows of a tile of bfloat16
 DTYPES = (jnp.bfloat16, jnp.float32)
 BLOCK_BYTES = 2**22  # of a block of rows, of which four are held
 CHUNK = 32  # rows whose float32 values are in registers at a time
+FEWEST = 512  # tokens whose copies take longer than a kernel's start
 
 
 def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
@@ -30,8 +31,10 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
         return f"takes bfloat16 and float32, not {x.dtype}"
     if heads * size % LANES or (size % LANES and LANES % size):
         return f"takes heads that fill vectors of {LANES}, not {heads} of {size}"
-    if batch * length % ALIGNMENT or not batch * length:
+    if batch * length % ALIGNMENT:
         return f"takes a multiple of {ALIGNMENT} tokens, not {batch * length}"
+    if batch * length < FEWEST and not dispatch.interpreted():
+        return f"takes at least {FEWEST} tokens, not {batch * length}"
     return None
 
 
