@@ -34,7 +34,6 @@ class Case(NamedTuple):
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, str], int]
     backward: float = 3.0  # as of a loss: its logits, and two products of gradients
-    platforms: tuple[str, ...] = ("tpu", "gpu")  # that have a kernel of their own
 
 
 def build(op: str, dtype: str = "bfloat16", direction: str = "forward", implementation: Any = None, **given) -> Made:
@@ -225,7 +224,6 @@ CASES: dict[str, Case] = {
         lambda s: 3 * s["tokens"] * s["heads"] * s["head_dim"],
         lambda s, dtype: 2 * _size(dtype) * s["tokens"] * s["heads"] * s["head_dim"],
         1.0,
-        ("tpu",),
     ),
     "ragged_dot": Case(
         _ragged_dot,

@@ -43,6 +43,4 @@ if [ "$venv" = .venv ]; then
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
 fi
-# Two at a time, as the machine has cores: most of a test is one thread that compiles. A worker begins with half of the
-# list, so that what a file of tests shares is made once.
-exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "${select[@]}" "$@"
+exec "$venv/bin/python" -m pytest "${select[@]}" "$@"

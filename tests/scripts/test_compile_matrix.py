@@ -75,6 +75,7 @@ def test_every_case_can_be_traced(op):
 
     small = {
         "attention": {"queries": 16, "keys": 16, "heads": 2, "kv_heads": 1, "head_dim": 8},
+        "rotary": {"tokens": 16, "heads": 2, "head_dim": 8},
         "ragged_dot": {"rows": 16, "inner": 8, "columns": 8, "groups": 2},
         "linear_cross_entropy": {"tokens": 16, "features": 8, "vocab": 32},
         "quantized_matmul": {"rows": 2, "inner": 256, "columns": 8},
