@@ -120,7 +120,9 @@ def load_or_build(
     """
     place = folder()
     if place is None and jax.process_count() == 1:
-        return build(), None
+        # What jax kept of a program for described devices it cannot read again, and says so each time.
+        with contextlib.nullcontext() if can_load(mesh) else _jax_cache_aside():
+            return build(), None
     file = (place or Path()) / f"{identity}{SUFFIX}"
     several = can_load(mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
     found = _load(file, identity, mesh) if place else None
