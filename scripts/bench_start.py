@@ -26,8 +26,8 @@ from llmos_jax.config import home
 Seconds = tuple[float, float]  # from the start of the process, from the first program it asks for
 
 
-def llmos(folder: Path, *arguments: str) -> tuple[float, float, str]:
-    """(when it was started, when it ended, what it answered), times in seconds since 1970."""
+def llmos(folder: Path, *arguments: str) -> float:
+    """When it was started, seconds since 1970; it has ended."""
     environment = os.environ | {"LLMOS_HOME": str(folder)}
     started = time.time()
     done = subprocess.run(
@@ -35,14 +35,14 @@ def llmos(folder: Path, *arguments: str) -> tuple[float, float, str]:
     )
     if done.returncode:
         sys.exit(f"llmos {' '.join(arguments)} failed:\n{done.stderr}")
-    return started, time.time(), done.stdout
+    return started
 
 
 def train(folder: Path, config: str, workdir: Path, stop_at: int) -> Seconds:
     """Times are read from the run's metrics: a row is written when something ends, with what it took."""
     seen = len(rows(workdir))
     where = ["--workdir", str(workdir), "--stop-at", str(stop_at)]
-    started, _, _ = llmos(folder, "train", config, *where, "--set", "log.every=1", "log.tensorboard=false")
+    started = llmos(folder, "train", config, *where, "--set", "log.every=1", "log.tensorboard=false")
     new = rows(workdir)[seen:]
     compiled = next(row for row in new if row.get("event") == "compiled")
     step = next(row for row in new if row["kind"] == "train")

@@ -86,12 +86,16 @@ class Program:
         compiler finds no place for the temporaries.
         """
         started = time.perf_counter()
-        compiled, stored = cache.load_or_build(identity(self), self.name, self.mesh, self._build)
+        compiled, stored = cache.load_or_build(self._identity, self.name, self.mesh, self._build)
         return Executable(self.name, compiled, self.mesh, time.perf_counter() - started, stored)
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        return identity(self)
 
     def was_compiled(self) -> bool:
         """Whether `compile` will find it in the cache, as far as can be told without looking into the entry."""
-        return cache.holds(identity(self))
+        return cache.holds(self._identity)
 
     def _build(self) -> jax.stages.Compiled:
         lowered = self.lower()

@@ -154,7 +154,7 @@ def _project_in(config: ModelConfig, x: Float[Array, "B T D"], rope: Rope | None
     products = project_together(x, weights, {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads})
 
     def one(name: str) -> Float[Array, "B T heads H"]:
-        y = adapted(products[name].reshape(*x.shape[:2], -1), x, w, name).reshape(*x.shape[:2], -1, config.head_dim)
+        y = adapted(products[name], x, w, name).reshape(*x.shape[:2], -1, config.head_dim)
         if f"{name}_bias" in w:
             y = y + w[f"{name}_bias"].astype(x.dtype)
         if f"{name}_norm" in w:

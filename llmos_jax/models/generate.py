@@ -111,7 +111,8 @@ class Generator:
         compiled before, only the first is waited for, and the others are loaded beside its run.
         """
         wanted = [key for key in (first, *others) if key is not None]
-        missing = {key: self._program(self._abstract(), key) for key in wanted if key not in self._programs}
+        abstract = self._abstract()
+        missing = {key: self._program(abstract, key) for key in wanted if key not in self._programs}
         all_stored = all(program.was_compiled() for program in missing.values())
         with ThreadPoolExecutor(len(wanted) + 1) as threads:
             reading = threads.submit(self._read) if self._read else None

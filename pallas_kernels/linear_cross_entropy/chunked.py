@@ -102,11 +102,6 @@ def backward(options: Options, residuals, cotangents):
     return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
 
 
-def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """a b in float32, summed over an axis of each."""
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def even(tokens: int, most: int, multiple: int) -> int:
     """The size of as few equal chunks as may be, of at most `most` tokens each and each a multiple of some rows."""
     most = max(1, most // multiple) * multiple

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels import blocks, dispatch, hopper
 from pallas_kernels.linear_cross_entropy import chunked
@@ -101,9 +101,14 @@ def _statistics(options: Options, x, w, labels, exponentials: bool) -> _Rows:
 def _of_chunk(options: Options, x, w, labels, weights, so_far):
     rows = _statistics(options, x, w, labels, exponentials=True)
     d_logits = _d_logits(options, rows, labels, weights).astype(x.dtype)
-    dx = chunked.dot(d_logits, w, 1, 0 if options.transposed else 1)
-    dw = chunked.dot(d_logits, x, 0, 0) if options.transposed else chunked.dot(x, d_logits, 0, 0)
+    dx = _dot(d_logits, w, 1, 0 if options.transposed else 1)
+    dw = _dot(d_logits, x, 0, 0) if options.transposed else _dot(x, d_logits, 0, 0)
     return rows.softmax.sums(options, weights), dx.astype(x.dtype), dw if so_far is None else so_far + dw
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """a b in float32, summed over an axis of each."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _d_logits(options: Options, rows: _Rows, labels, weights) -> Array:

@@ -378,8 +378,6 @@ class _Shape(NamedTuple):
 
 def _call(kernel, name, shape: _Shape, passes, in_specs, out_specs, out_shape, scratch_shapes, aliases=None):
     """passes: how often [rows, V] is read or written."""
-    if dispatch.interpreted():
-        aliases = {}  # the interpreter of jax 0.10 leaves an aliased result padded to whole blocks
     return pl.pallas_call(
         kernel,
         grid=shape.grid,
@@ -397,7 +395,8 @@ def _call(kernel, name, shape: _Shape, passes, in_specs, out_specs, out_shape, s
         ),
         interpret=INTERPRET if dispatch.interpreted() else False,
         name=name,
-        input_output_aliases=aliases or {},
+        # The interpreter of jax 0.10 leaves an aliased result padded to whole blocks.
+        input_output_aliases={} if dispatch.interpreted() else aliases or {},
     )
 
 

@@ -38,18 +38,14 @@ def refuse(chip: dispatch.Chip, arguments: dispatch.Arguments) -> str | None:
     return None
 
 
+@jax.custom_vjp
 def rotary(x, cos, sin):
     """See `api.rotary`."""
-    return _rotary(x, cos, sin)
-
-
-@jax.custom_vjp
-def _rotary(x, cos, sin):
     return _turn(x, cos, sin)
 
 
 # A rotation's transpose is the rotation back.
-_rotary.defvjp(
+rotary.defvjp(
     lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), lambda kept, g: (_turn(g, kept[0], -kept[1]), None, None)
 )
 
