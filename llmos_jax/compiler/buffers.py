@@ -328,23 +328,24 @@ def _seen_through(where: Computation, name: str) -> Instruction:
 
 def _filler(module: Module, where: Computation, update: Instruction) -> str:
     """The op_name of the value that an update in place writes, inside of its fusion or outside."""
-    at, path = update, [where]
+    at, path = update, [(where, dict[str, str]())]  # the fusions around it, each with what its parameters are outside
     for _ in range(64):  # views and copies between the update and what made it
+        here, arguments = path[-1]
         if at.opcode == "fusion":
-            path.append(module.computations[at.calls[0]])
-            outer, at = at, path[-1].root
-            arguments = dict(zip((p.name for p in path[-1].parameters), outer.operands, strict=False))
+            inside = module.computations[at.calls[0]]
+            path.append((inside, dict(zip((p.name for p in inside.parameters), at.operands, strict=False))))
+            at = inside.root
         elif at.opcode == "parameter" and len(path) > 1:
             path.pop()
-            at = path[-1][arguments[at.name]]
+            at = path[-1][0][arguments[at.name]]
         elif at.opcode == "dynamic-update-slice":
-            at = path[-1][at.operands[1]]
+            at = here[at.operands[1]]
         elif "/" in at.op_name and "dynamic_update" not in at.op_name:
             return at.op_name
         elif len(path) == 1 and at.opcode == "get-tuple-element" and where[at.operands[0]].opcode == "parameter":
             at = where[where.root.operands[int(at.attribute("index"))]]  # what the layer before left in the state
         elif at.operands:
-            at = path[-1][at.operands[0]]
+            at = here[at.operands[0]]
         else:
             break
     return ""

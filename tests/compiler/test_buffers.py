@@ -122,3 +122,53 @@ def test_asynchronous_collectives_hold_one_buffer_each():
 )
 def test_readable_names(name: str, expected: str):
     assert buffers.readable(name) == expected
+
+
+FUSION_IN_A_FUSION = """HloModule nested, is_scheduled=true
+
+%inner (p: f32[1,8]) -> f32[1,8] {
+  %p = f32[1,8]{1,0} parameter(0)
+  ROOT %c = f32[1,8]{1,0} copy(%p)
+}
+
+%outer (stack: f32[4,8], row: f32[1,8], at: s32[]) -> f32[4,8] {
+  %stack = f32[4,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %copied = f32[1,8]{1,0} fusion(%row), kind=kLoop, calls=%inner
+  ROOT %dus = f32[4,8]{1,0} dynamic-update-slice(%stack, %copied, %at, %zero)
+}
+
+%body (state: (s32[], f32[4,8], f32[1,8])) -> (s32[], f32[4,8], f32[1,8]) {
+  %state = (s32[], f32[4,8]{1,0}, f32[1,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %kept = f32[4,8]{1,0} get-tuple-element(%state), index=1
+  %x = f32[1,8]{1,0} get-tuple-element(%state), index=2
+  %made = f32[1,8]{1,0} negate(%x), metadata={op_name="jit(step)/mlp/neg"}
+  %written = f32[4,8]{1,0} fusion(%kept, %made, %i), kind=kLoop, calls=%outer, metadata={op_name="jit(step)/dynamic_update_slice"}
+  ROOT %next = (s32[], f32[4,8]{1,0}, f32[1,8]{1,0}) tuple(%i, %written, %made)
+}
+
+%more (state: (s32[], f32[4,8], f32[1,8])) -> pred[] {
+  %state = (s32[], f32[4,8]{1,0}, f32[1,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %end = s32[] constant(4)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (x: f32[1,8], stack: f32[4,8], i: s32[]) -> f32[4,8] {
+  %x = f32[1,8]{1,0} parameter(0)
+  %stack = f32[4,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zeros = f32[4,8]{1,0} copy(%stack)
+  %begin = (s32[], f32[4,8]{1,0}, f32[1,8]{1,0}) tuple(%i, %zeros, %x)
+  %loop = (s32[], f32[4,8]{1,0}, f32[1,8]{1,0}) while(%begin), condition=%more, body=%body
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_stack_is_named_by_what_is_written_through_a_fusion_in_a_fusion():
+    found = buffers.peak(hlo.parse(FUSION_IN_A_FUSION), ["x", "stack", "i"])
+    assert "jit(step)/mlp/neg" in {b.op_name for b in found.buffers if b.shape == "f32[4,8]"}
