@@ -114,7 +114,7 @@ create() {
 
 install() {
   local bundle="${TMPDIR:-/tmp}/llmos-$name.tar.gz"
-  run tar -C "$repo" --exclude-vcs '--exclude=./.venv*' --exclude=./runs -czf "$bundle" .
+  run tar -C "$repo" --exclude-vcs '--exclude=./.*' --exclude=__pycache__ --exclude=./runs -czf "$bundle" .
   run gcloud compute tpus tpu-vm scp "$bundle" "$name:llmos.tar.gz" "${where[@]}" --worker=all
   # The images' own Python can be older than llmos needs; uv brings one.
   on_hosts all "if kill -0 \"\$(cat ~/llmos.pid 2>/dev/null)\" 2>/dev/null; then \
