@@ -15,6 +15,7 @@ from typing import Any
 
 from llmos_jax import __version__
 from llmos_jax.config import UserError
+from llmos_jax.runtime import allocator
 from llmos_jax.runtime.imports import importing
 from llmos_jax.serve.arguments import add_commands
 
@@ -484,6 +485,8 @@ def _not_negative(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
+    if arguments is None and args.run in (train, generate, evaluate):
+        allocator.restart()
     try:
         return args.run(args)
     except UserError as error:

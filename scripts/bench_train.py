@@ -9,6 +9,7 @@ transformers (they are not dependencies of this project); without it only our si
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -50,11 +51,9 @@ def ours(args):
     from llmos_jax.compiler.chips import peak_flops
     from llmos_jax.compiler.roofline import train_flops
     from llmos_jax.config import OptimizerConfig, RunConfig, TrainConfig
-    from llmos_jax.runtime.distributed import prepare_host
     from llmos_jax.sharding import make_mesh, put_batch
     from llmos_jax.train.step import init_program, train_program
 
-    prepare_host()
     train = TrainConfig(steps=10**6, batch_size=args.batch, seq_len=args.seq_len)
     config = RunConfig(model=model_config(args), train=train, optimizer=OptimizerConfig(learning_rate=1e-4))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -147,7 +146,13 @@ def work(args) -> None:
 class Worker:
     def __init__(self, side: str, python: str):
         command = [python, __file__, *sys.argv[1:], "--worker", side]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = dict(os.environ)
+        if side == "ours":
+            from llmos_jax.runtime import allocator  # the other side's interpreter has no llmos
+
+            environment |= allocator.environment()  # as `llmos train` does
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.info = self.answer()
 
     def answer(self) -> dict:

@@ -1,6 +1,5 @@
-"""Starting a process: its place among the others, the host's memory allocator, where compiled programs are kept."""
+"""Starting a process: its place among the others, where compiled programs are kept."""
 
-import ctypes
 import os
 import sys
 from typing import Any
@@ -18,7 +17,6 @@ def start() -> None:
     LLMOS_COORDINATOR (host:port), LLMOS_NUM_PROCESSES and LLMOS_PROCESS_ID name this process; LLMOS_DISTRIBUTED=1
     lets jax find all three itself, as on TPU VMs. Raises UserError where only some are set or the others do not come.
     """
-    prepare_host()
     cache_programs()
     given = [name for name in ENVIRONMENT if os.environ.get(name)]
     if not given and os.environ.get("LLMOS_DISTRIBUTED", "") != "1":
@@ -54,24 +52,6 @@ def _keep_answers_clean() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(answers, "w", encoding=sys.stdout.encoding)
-
-
-def prepare_host() -> None:
-    """Tells glibc's allocator to keep large freed blocks.
-
-    XLA's CPU client allocates and frees every temporary; returned to the kernel, each comes back as page faults.
-    Elsewhere than on glibc this does nothing.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 256 * 2**20)
 
 
 def cache_programs() -> None:

@@ -18,9 +18,6 @@ OPTIONAL = {"wandb": "Weights & Biases", "datasets": "hf: data sources"}
 
 def examine() -> dict[str, Any]:
     """Findings as a JSON-able dict. `ok` is False where something that every command needs does not work."""
-    from llmos_jax.runtime.distributed import prepare_host
-
-    prepare_host()
     findings: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from llmos_jax.config import UserError
+from llmos_jax.runtime import allocator
 from llmos_jax.serve.request import Output, Request, Token
 from llmos_jax.serve.router import Router
 from llmos_jax.serve.worker import Job
@@ -97,7 +98,7 @@ class Replica:
         ours, theirs = socket.socketpair()
         self.state, self._heard = "starting", time.monotonic()
         self.restarts += 1
-        environment = {**os.environ, **_allocator(), **_devices(self._job.devices)}
+        environment = {**os.environ, **allocator.environment(), **_devices(self._job.devices)}
         command = [*WORKER, str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
@@ -417,14 +418,6 @@ def _joined(one: Any, other: Any) -> Any:
     if isinstance(other, list):
         return one if one == other else [*one, *other]
     return one if other is None else one + other
-
-
-def _allocator() -> dict[str, str]:
-    """glibc's malloc keeps large buffers: fresh pages from the kernel cost a CPU more than what is computed in them."""
-    if "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
-        return {}
-    sizes = "mmap_threshold=17179869184", "trim_threshold=34359738368", "top_pad=268435456"
-    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{size}" for size in sizes)}
 
 
 def _devices(devices: tuple[int, ...]) -> dict[str, str]:
