@@ -70,12 +70,24 @@ def call(
     chosen, choice = _choose(op, implementations, names, arguments)
     if explaining:
         raise _Explained(choice)
-    run = functools.partial(_traced_once, chosen.run) if chosen.platform == "gpu" and not interpreted() else chosen.run
+    run = functools.partial(_traced_once, chosen.run) if _as_one(chosen, arguments) else chosen.run
     return run(**arguments) if layout is None else run_on_parts(run, arguments, layout)
 
 
+def _as_one(chosen: Implementation, arguments: Arguments) -> bool:
+    """Whether a call becomes a program of its own.
+
+    Called on arrays it does: compiled once for all calls like it, where each of its steps would be compiled and run by
+    itself. While a program is traced it does for Mosaic GPU, whose lowering of a kernel takes a second: once for all layers.
+    """
+    if chosen.platform is not None and interpreted():
+        return False
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+    return chosen.platform == "gpu" or not traced
+
+
 def _traced_once(run: Callable[..., Any], **arguments: Any) -> Any:
-    """`run`, traced and lowered once for all layers of a program: Mosaic GPU's lowering of a kernel takes a second."""
+    """`run`, traced and lowered once for all calls of the same shapes and options."""
     arrays = {name: value for name, value in arguments.items() if _has_arrays(value)}
     options = {name: value for name, value in arguments.items() if name not in arrays}
     if not arrays:
