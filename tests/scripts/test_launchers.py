@@ -177,7 +177,7 @@ def test_a_run_on_a_tpu_is_stopped_after_it_has_saved(tpu_host, tmp_path):
     environment = {"PATH": path, "TMPDIR": str(tmp_path)}
     command = ["bash", str(LAUNCH / "tpu_vm.sh"), *TPU, "--", "llmos", "train"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        for _ in range(200):
+        for _ in range(1200):
             if (home / "llmos.log").exists() and "started" in (home / "llmos.log").read_text():
                 break
             time.sleep(0.05)

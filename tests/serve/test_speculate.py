@@ -57,11 +57,11 @@ def test_a_step_costs_the_same_in_a_long_text():
         ngrams.extend(i * i % 1009 for i in range(length))
         best = 1.0
         for _ in range(5):
-            started = time.perf_counter()
+            started = time.thread_time()
             for i in range(200):
                 ngrams.extend([i])
                 ngrams.propose()
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.thread_time() - started)
         return best
 
     assert seconds(100_000) < 5 * seconds(1_000)

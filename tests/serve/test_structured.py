@@ -258,9 +258,9 @@ def test_a_mask_takes_less_than_a_millisecond(vocabulary):
     for _ in range(10):
         structure = Structure(vocabulary, GRAMMAR)
         while not structure.is_complete:
-            started = time.perf_counter()
+            started = time.thread_time()
             mask = structure.mask()
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
             structure.accept(int(rng.choice(allowed(mask))))
     print(f"\nmask: median {statistics.median(times) * 1e6:.0f} us, worst {max(times) * 1e6:.0f} us of {len(times)}")
     assert statistics.median(times) < 1e-3
