@@ -43,4 +43,4 @@ if [ "$venv" = .venv ]; then
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
 fi
-exec "$venv/bin/python" -m pytest "${select[@]}" "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "${select[@]}" "$@"

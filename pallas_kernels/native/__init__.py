@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-w")
 TARGETS = {
     "pallas_kernels.matmul": "NativeMatmul",
     "pallas_kernels.vector_matmul": "NativeVectorMatmul",
@@ -77,18 +78,30 @@ def _native() -> Native:
 
 def _built(compiler: str, digest: str) -> Path:
     """The library, from the cache if this source was built by this compiler for this processor before."""
-    sources = sorted(SOURCES.glob("*.cc"))
-    command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, sources)]
     folder = Path(os.environ.get("PALLAS_KERNELS_CACHE") or Path.home() / ".cache" / "pallas_kernels")
     file = folder / f"native-{digest}.so"
     if not file.exists():
-        log.info("building the kernels for this processor (once, some seconds)")
+        log.info("building the kernels for this processor (once, up to a minute)")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be building it too
-            made = Path(scratch) / file.name
-            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+            _build(compiler, made := Path(scratch) / file.name)
             made.replace(file)
     return file
+
+
+def _build(compiler: str, made: Path) -> None:
+    """Every source by itself, on all cores, and then the library of them."""
+
+    def run(*arguments: str) -> None:
+        subprocess.run([compiler, *FLAGS, *arguments], check=True, capture_output=True, text=True, timeout=300)
+
+    def translate(source: Path) -> str:
+        translated = made.with_name(f"{source.stem}.o")
+        run(f"-I{jax.ffi.include_dir()}", "-c", str(source), "-o", str(translated))
+        return str(translated)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        run("-shared", *threads.map(translate, sorted(SOURCES.glob("*.cc"))), "-o", str(made))
 
 
 def _digest(compiler: str) -> str:
