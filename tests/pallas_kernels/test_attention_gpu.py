@@ -83,10 +83,10 @@ def check(case: Case, gradients: bool = True) -> None:
 
     arguments = [jnp.asarray(x) for x in (q, k, v)] + [None if sinks is None else jnp.asarray(sinks)]
     if gradients:
-        (out, lse), back = jax.vjp(run, *arguments)
+        (out, lse), back = jax.vjp(jax.jit(run), *arguments)
         got = dict(zip(GRADIENTS, back((jnp.asarray(d_out), jnp.asarray(d_lse))), strict=True))
     else:
-        (out, lse), got = run(*arguments), {}
+        (out, lse), got = jax.jit(run)(*arguments), {}
     tolerance = 2e-2 if case.dtype == "bfloat16" else 4e-3
     assert relative_error(out, want.out) < tolerance
     np.testing.assert_allclose(np.asarray(lse), want.lse, rtol=1e-4, atol=1e-4)
