@@ -100,6 +100,7 @@ void multiply_all(ffi::ThreadPool& pool, const Operand<T>& a, const Operand<T>& 
     const int64_t here = std::min(many, panels - panel);
     for (int64_t from = 0; from < inputs; from += deep) {
       const int64_t depth = std::min(deep, inputs - from);
+      const int64_t slice = ceil_div(depth, ceil_div(depth, kDepth));  // alike: a short one moves sums for little work
       parallel_for(pool, ceil_div(here, kTogether), [&](int64_t i) {
         const int64_t end = std::min(here, (i + 1) * kTogether);
         for (int64_t k = 0; k < depth; k += kTogether) {
@@ -114,8 +115,8 @@ void multiply_all(ffi::ThreadPool& pool, const Operand<T>& a, const Operand<T>& 
         const int64_t begin = i % blocks * block, end = std::min(tiles, begin + block);
         const int64_t first = i / blocks * group, last = std::min(here, first + group);
         Buffer<float> left(block * kTileRows * kDepth + kLanes);
-        for (int64_t k = 0; k < depth; k += kDepth) {
-          const int64_t some = std::min(kDepth, depth - k);
+        for (int64_t k = 0; k < depth; k += slice) {
+          const int64_t some = std::min(slice, depth - k);
           for (int64_t t = begin; t < end; ++t) {
             pack<kTileRows>(a, from + k, some, t * kTileRows, out.rows - t * kTileRows,
                             left.data + (t - begin) * kTileRows * some);
