@@ -31,6 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from llmos_jax.runtime import allocator  # noqa: E402
+
 PREFILL, SHORT, MEDIUM, ANSWER = 512, 32, 128, 64
 PEERS = Path(__file__).parent / "bench_serve_peers.py"
 POINTS = ("prefill", "decode 1", "decode 8", "TTFT", "users 8", "users 16", "bandwidth")
@@ -141,9 +143,10 @@ def served_by_llama(python: str, file: str) -> dict[str, float]:
 
 def child(python: str, script: Path, *arguments: str) -> dict[str, float]:
     """Runs a part of the benchmark in a process of its own; it prints one JSON object last."""
-    done = subprocess.run(
-        [python, str(script), *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    if python == sys.executable:
+        environment |= allocator.environment()  # as `llmos serve` starts its workers
+    done = subprocess.run([python, str(script), *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{python} {script.name} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
