@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmos_jax.runtime import allocator  # noqa: E402
+from llmos_jax.runtime import allocator
 
 PREFILL, SHORT, MEDIUM, ANSWER = 512, 32, 128, 64
 PEERS = Path(__file__).parent / "bench_serve_peers.py"
