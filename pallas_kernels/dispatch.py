@@ -99,7 +99,7 @@ def _has_arrays(value: Any) -> bool:
     return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _jitted(run: Callable[..., Any], options: tuple, forced: str) -> Callable[..., Any]:
     """forced: block sizes, which a trace keeps."""
     del forced

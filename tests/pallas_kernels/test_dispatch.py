@@ -57,6 +57,22 @@ def test_the_first_that_takes_the_call_runs(platform, dtype, wanted, name):
     assert dispatch.explain(operation(platform), dtype, implementation=wanted).name == name
 
 
+def test_a_call_on_arrays_is_one_program():
+    traced = []
+
+    def double(x, factor):
+        traced.append(isinstance(x, jax.core.Tracer))
+        return factor * x
+
+    def call(x, factor=2):
+        return dispatch.call("double", [Implementation("xla", double)], None, {"x": x, "factor": factor})
+
+    assert call(jnp.float32(3)) == 6 and call(jnp.float32(4)) == 8 and call(jnp.float32(4), 3) == 12
+    assert traced == [True, True]  # once for each factor
+    inside = jax.make_jaxpr(lambda x: call(x, 5))(jnp.float32(1))
+    assert [str(one.primitive) for one in inside.eqns] == ["mul"]  # no program within a program
+
+
 def test_a_gpu_kernel_is_traced_once_for_all_layers():
     """And anew for other options, and for block sizes that are forced."""
     traced = []
