@@ -77,18 +77,14 @@ def forget(endpoint):
     endpoint.most = endpoint.now = 0
 
 
+@pytest.mark.timed
 def test_an_open_loop_does_not_wait_for_answers(endpoint):
     load = Load(endpoint.url, "m", requests=30, rate=100, output="fixed:6", endpoint="chat")
-    started = time.monotonic()
     samples = asyncio.run(measure(load))
-    wall = time.monotonic() - started
     report = summarize(load, samples)
     assert report["completed"] == 30 and not report["failed"]
     assert endpoint.most > 5  # some 20 arrive while one is answered
-    assert report["ttft"]["p50"] >= FIRST and report["mean_itl"]["p50"] >= 0.9 * BETWEEN
-    for sample in samples:  # a busy machine stretches all of it alike
-        assert sample.total == pytest.approx(sample.ttft + sum(sample.gaps), abs=0.02)
-        assert sample.arrival + sample.total <= wall
+    assert FIRST <= report["ttft"]["p50"] < FIRST + 0.15 and BETWEEN * 0.9 <= report["mean_itl"]["p50"] < BETWEEN + 0.03
     assert report["output_tokens"] == 30 * TOKENS and report["prompt_tokens"] == 30 * 40
     assert report["output_tokens_per_second"] == pytest.approx(30 * TOKENS / report["duration"])
 

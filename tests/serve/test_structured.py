@@ -253,14 +253,15 @@ def test_a_tokenizer_without_an_end_is_refused(bpe):
         Vocabulary(Tokenizer(bpe.backend, {}), VOCAB)
 
 
+@pytest.mark.timed
 def test_a_mask_takes_less_than_a_millisecond(vocabulary):
     rng, times = np.random.default_rng(3), []
     for _ in range(10):
         structure = Structure(vocabulary, GRAMMAR)
         while not structure.is_complete:
-            started = time.thread_time()
+            started = time.perf_counter()
             mask = structure.mask()
-            times.append(time.thread_time() - started)
+            times.append(time.perf_counter() - started)
             structure.accept(int(rng.choice(allowed(mask))))
     print(f"\nmask: median {statistics.median(times) * 1e6:.0f} us, worst {max(times) * 1e6:.0f} us of {len(times)}")
     assert statistics.median(times) < 1e-3
