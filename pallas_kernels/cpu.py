@@ -3,7 +3,8 @@
 In bfloat16 with AMX (`native/matmul.cc`): XLA's CPU backend has a fast kernel (AMX, AVX512-BF16) for one form only,
 row-major [M, K] times row-major [K, N], summed in float32. Any transposed operand, and a sum in bfloat16, falls back to
 converting everything to float32, five times slower. XLA turns a transposed operand into a layout of the product, so the
-transpose has to be hidden from it. Else by vector registers (`native/vector_matmul.cc`), which take any form.
+transpose has to be hidden from it. Else by vector registers, which take any form: `native/vector_matmul.cc`, and
+`native/few_rows_matmul.cc` where there is too little to do to pay for packing the weights.
 """
 
 import functools
@@ -22,8 +23,10 @@ from pallas_kernels.partition import auto_axes, varying_axes
 STEP = 32  # inputs that a tile takes at once
 NUM_PARTS = 16  # of a transpose: fewer are slower to write
 SMALLEST = 32  # rows and outputs that are worth packing both sides
+FULL_REGISTERS = 16  # inputs, of either width of registers
 NAME = "product"
 TILES, VECTORS = "pallas_kernels.matmul", "pallas_kernels.vector_matmul"
+FEW_ROWS = "pallas_kernels.few_rows_matmul"
 
 
 def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
@@ -41,6 +44,8 @@ def matmul_float32(x: Float[Array, "*batch K"], w: Float[Array, "_ _"], transpos
     rows = x.reshape(-1, x.shape[-1]) if dispatch.current_chip().platform == "cpu" else None
     if rows is not None and _by_tiles(rows, w):
         return _tiles(rows, w, jnp.float32, transposed).reshape(*x.shape[:-1], -1)
+    if rows is not None and _by_vectors(rows, w):
+        return product(rows, w, b_transposed=transposed).reshape(*x.shape[:-1], -1)
     return _any_product(x, w, transposed)
 
 
@@ -72,10 +77,14 @@ def product(
     a: Float[Array, "_ _"], b: Float[Array, "_ _"], *, a_transposed: bool = False, b_transposed: bool = False
 ) -> Float[Array, "M N"]:
     """a [M, K] b [K, N] in float32; each may lie transposed."""
-    out = jax.ShapeDtypeStruct((a.shape[int(a_transposed)], b.shape[int(not b_transposed)]), jnp.float32)
-    if _by_vectors(a, b, out.shape):
-        call = jax.ffi.ffi_call(VECTORS, out, vmap_method="sequential")
-        return call(a, b, a_transposed=a_transposed, b_transposed=b_transposed)
+    (rows, inputs), outputs = a.shape[:: -1 if a_transposed else 1], b.shape[int(not b_transposed)]
+    out = jax.ShapeDtypeStruct((rows, outputs), jnp.float32)
+    if _by_vectors(a, b) and outputs >= SMALLEST:
+        if rows >= SMALLEST:
+            call = jax.ffi.ffi_call(VECTORS, out, vmap_method="sequential")
+            return call(a, b, a_transposed=a_transposed, b_transposed=b_transposed)
+        if not a_transposed and not (b_transposed and inputs % FULL_REGISTERS):
+            return jax.ffi.ffi_call(FEW_ROWS, out, vmap_method="sequential")(a, b, w_transposed=b_transposed)
     a, b = transpose(a) if a_transposed else a, transpose(b) if b_transposed else b
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
@@ -89,8 +98,8 @@ def refuse_natively(arguments: Any) -> str | None:
     return native().missing or None
 
 
-def _by_vectors(a: Array, b: Array, out: tuple[int, ...]) -> bool:
-    if dispatch.current_chip().platform != "cpu" or a.dtype != b.dtype or min(out) < SMALLEST:
+def _by_vectors(a: Array, b: Array) -> bool:
+    if dispatch.current_chip().platform != "cpu" or a.dtype != b.dtype:
         return False
     if auto_axes() or varying_axes((a, b)):
         return False

@@ -4,17 +4,17 @@ import argparse
 from collections.abc import Callable
 
 Number = Callable[[str], int]
-Command = Callable[[str, str, str], argparse.ArgumentParser]  # name, name of its function, summary
+Command = Callable[[str, str], argparse.ArgumentParser]  # name, summary
 
 
 def add_commands(command: Command, positive: Number) -> None:
-    _serve(command("serve", "serve", "answer OpenAI's API with a model"), positive)
-    _keys(command("keys", "keys", "make, list and revoke the API keys of the server"), positive)
-    sub = command("audit", "audit", "check the server's log of requests for changes")
+    _serve(command("serve", "answer OpenAI's API with a model"), positive)
+    _keys(command("keys", "make, list and revoke the API keys of the server"), positive)
+    sub = command("audit", "check the server's log of requests for changes")
     sub.add_argument("action", choices=("verify",))
     _database(sub)
-    _replay(command("replay", "replay", "run a logged request again and compare"), positive)
-    _bench(command("bench", "bench", "measure a server that speaks OpenAI's API"), positive)
+    _replay(command("replay", "run a logged request again and compare"), positive)
+    _bench(command("bench", "measure a server that speaks OpenAI's API"), positive)
 
 
 def _database(sub: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from llmos_jax.serve.scheduler import Scheduler
 from llmos_jax.serve.structured import Vocabulary
 from llmos_jax.serve.weights import abstract_served_params, served_params
 from llmos_jax.sharding import make_mesh
+from pallas_kernels.native import native
 
 Say = Callable[[str], None]
 CALIBRATION = """The capital of France is Paris, and 3 times 17 is 51. "Where were you?" she asked; nobody knew.
@@ -78,10 +79,10 @@ def resolve(wanted: ServedModel, platform: str) -> Resolved:
 
 
 def default_dtype(platform: str) -> str:
-    """bfloat16, but float32 on a CPU that has no products of bfloat16."""
-    if platform != "cpu" or sys.platform != "linux":
-        return "float32" if platform == "cpu" else "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text()
+    """bfloat16, but float32 on a CPU that has no products of it: neither kernels of ours nor instructions for XLA's."""
+    if platform != "cpu" or not native().missing:
+        return "bfloat16"
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 

@@ -27,6 +27,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-w")
 TARGETS = {
     "pallas_kernels.matmul": "NativeMatmul",
     "pallas_kernels.vector_matmul": "NativeVectorMatmul",
+    "pallas_kernels.few_rows_matmul": "NativeFewRowsMatmul",
     "pallas_kernels.quantized_matmul": "NativeQuantizedMatmul",
     "pallas_kernels.vector_quantized_matmul": "NativeVectorQuantizedMatmul",
     "pallas_kernels.attention": "NativeAttention",

@@ -106,6 +106,17 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// sum + a b, rounded once. (Left to the compiler it is that in one loop and not in another.)
+inline Floats add_product(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(sum)));
+#elif defined(__FMA__)
+  return bits<Floats>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(sum)));
+#else
+  return sum + a * b;
+#endif
+}
+
 inline float sum(Floats x) {
   float total = 0;
   for (int half = kLanes / 2; half; half /= 2) {

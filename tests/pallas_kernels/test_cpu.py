@@ -31,9 +31,9 @@ def test_matmul_and_its_gradients_equal_numpy(dtype, rows):
 @needs_compiler
 @settings(max_examples=40)
 @given(
-    rows=st.sampled_from([1, 13, 200]),
-    inputs=st.sampled_from([1, 9, 300, 2100]),
-    outputs=st.sampled_from([1, 33, 1100]),
+    rows=st.sampled_from([1, 6, 31, 32, 200]),
+    inputs=st.sampled_from([1, 9, 304, 2115, 2128]),
+    outputs=st.sampled_from([1, 33, 1100, 9000]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     a_transposed=st.booleans(),
     b_transposed=st.booleans(),
@@ -51,9 +51,22 @@ def test_products_by_vectors_equal_numpy(rows, inputs, outputs, dtype, a_transpo
 
 
 @needs_compiler
-def test_how_many_rows_there_are_changes_no_row():
-    x, w = (jnp.asarray(random(*shape), jnp.float32) for shape in ((700, 500), (500, 130)))
-    np.testing.assert_array_equal(cpu.product(x, w)[:100], cpu.product(x[:100], w))
+@pytest.mark.parametrize(("many", "few"), [(700, 100), (31, 5), (9, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_how_many_rows_there_are_changes_no_row(many, few, transposed):
+    x, w = jnp.asarray(random(many, 4992), jnp.float32), jnp.asarray(random(4992, 130), jnp.float32)
+    w = w.T if transposed else w
+    all_rows, some = (cpu.product(rows, w, b_transposed=transposed) for rows in (x, x[:few]))
+    np.testing.assert_array_equal(all_rows[:few], some)
+
+
+@needs_compiler
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_decoding_step_reads_float32_weights_by_our_own(transposed):
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    w = jax.ShapeDtypeStruct((96, 64) if transposed else (64, 96), jnp.float32)
+    program = jax.jit(lambda x, w: cpu.matmul_float32(x, w, transposed)).lower(x, w).compile().as_text()
+    assert f'custom_call_target="{cpu.FEW_ROWS}"' in program and " dot(" not in program
 
 
 @needs_compiler
