@@ -143,7 +143,8 @@ def plan_serving(config: RunConfig, target: Target, load: Load, say: Say = lambd
     running = min(load.users, serve.max_sequences, serve.num_pages * serve.page_size // (load.prompt + load.answer))
     actual = load._replace(users=max(1, running))
     pool = cache.abstract_pool(model, serve, mesh)
-    small, large = _bucket(forward.shapes(model, serve), actual.users), forward.shapes(model, serve)[-1]
+    shapes = forward.shapes(model, serve, mesh.devices.flat[0].platform)
+    small, large = _bucket(shapes, actual.users), shapes[-1]
     programs = {
         "decode": forward.forward_program(model, small, mesh, params, pool, None, serve.adapter_rank),
         "prefill": forward.forward_program(model, large, mesh, params, pool, None, serve.adapter_rank),

@@ -21,7 +21,7 @@ from llmos_jax.serve import sampling
 from llmos_jax.serve.cache import Pool
 from llmos_jax.sharding import replicated, sharding
 
-SMALLEST = 8  # tokens: products of fewer rows are slow on a CPU, and pad to as many on a TPU
+SMALLEST = 8  # rows, and tokens but for a CPU's one: a TPU pads to as many
 NUM_TOP = 20  # likeliest tokens that a program with log-probabilities reports
 
 
@@ -67,16 +67,20 @@ def split(shape: Shape, flat: Any) -> Integers:
     return Integers(tokens, positions, adapter, rows, lengths, starts, count, tables.reshape(r, c))
 
 
-def shapes(model: ModelConfig, serve: ServeConfig) -> list[Shape]:
-    """Token buckets grow fourfold from the smallest that holds the decodes of a full batch half."""
+def shapes(model: ModelConfig, serve: ServeConfig, platform: str) -> list[Shape]:
+    """Token buckets: a step is filled up to one.
+
+    On a CPU each token takes its time, so they double, after the one token of a single answer. Elsewhere reading the
+    weights does, and they grow fourfold from the smallest that holds the decodes of a full batch half.
+    """
     rows = serve.max_sequences * (1 + serve.num_drafts)
-    sizes, size = [], SMALLEST
+    sizes, size = [1] if platform == "cpu" else [], SMALLEST
     while size < serve.max_step_tokens:
         sizes.append(size)
-        size *= 4 if size >= 4 * SMALLEST else 2
+        size *= 4 if size >= 4 * SMALLEST and platform != "cpu" else 2
     table = -(-(serve.max_model_len or model.max_seq_len) // serve.page_size)
     return [
-        Shape(size, min(size, max(SMALLEST, rows)), serve.max_sequences, table)
+        Shape(size, max(SMALLEST, min(size, rows)), serve.max_sequences, table)
         for size in (*sizes, serve.max_step_tokens)
     ]
 

@@ -93,7 +93,7 @@ class Runner:
         say: Say = lambda _: None,
     ):
         self.model, self.serve, self.mesh = model, serve, mesh
-        self._shapes = forward.shapes(model, serve)
+        self._shapes = forward.shapes(model, serve, mesh.devices.flat[0].platform)
         self._num_adjusted = min(model.vocab_size, self.max_model_len + MAX_BIAS)
         self._adapters = Adapters(model, serve, mesh) if serve.max_adapters else None
         self._layers = None if self._adapters is None else self._adapters.layers()

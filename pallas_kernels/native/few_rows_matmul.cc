@@ -29,6 +29,7 @@ void add_products(const float* x, int64_t rows, const W* w, int64_t w_row, int64
     for (int k = 0; k < deep; ++k) {
       right[k][0] = load(w + k * w_row + column);
       right[k][1] = load(w + k * w_row + column + kLanes);
+      __builtin_prefetch(w + (k + 2 * kDeep) * w_row + column);  // the next inputs' lie too far apart to be foreseen
     }
     float* to = sums + column;
     const float* left = x;

@@ -236,7 +236,7 @@ def decode():
         max_model_len=2_048, max_sequences=64, max_step_tokens=256, num_pages=4_096, kv_dtype="bfloat16"
     )
     mesh = target.mesh(MeshConfig(fsdp=1, tensor=8))
-    shape = next(shape for shape in forward.shapes(model, serve) if shape.tokens >= 64)
+    shape = next(shape for shape in forward.shapes(model, serve, "tpu") if shape.tokens >= 64)
     pool = cache.abstract_pool(model, serve, mesh)
     program = forward.forward_program(model, shape, mesh, abstract_served_params(model, mesh), pool)
     return program, program.compile()

@@ -21,7 +21,7 @@ def logits(quantize: str, tensor: int) -> np.ndarray:
     model, mesh = dataclasses.replace(MODEL, quantize=quantize), tiny.mesh(tensor=tensor)
     full = {path: jax.device_put(np.asarray(value), replicated(mesh)) for path, value in tiny.params(model).items()}
     params = served_params(model, full, mesh)
-    shape = forward.shapes(model, SERVE)[0]
+    shape = forward.shapes(model, SERVE, "tpu")[0]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     pool = cache.abstract_pool(model, SERVE, mesh)
     program = forward.forward_program(model, shape, mesh, abstract, pool).compile()
@@ -43,3 +43,11 @@ def test_a_step_over_eight_devices_gives_the_logits_of_one(quantize, tolerance):
     spread = np.abs(one).max()
     assert spread > 0.1 and np.abs(eight - one).max() < tolerance * spread
     assert (one.argmax(-1) == eight.argmax(-1)).mean() >= 0.75
+
+
+def test_a_cpu_fills_up_less():
+    serve = dataclasses.replace(SERVE, max_sequences=16, max_step_tokens=512)
+    found = {platform: forward.shapes(MODEL, serve, platform) for platform in ("cpu", "tpu")}
+    assert [shape.tokens for shape in found["tpu"]] == [8, 16, 32, 128, 512]
+    assert [shape.tokens for shape in found["cpu"]] == [1, 8, 16, 32, 64, 128, 256, 512]
+    assert {shape.rows for shape in found["cpu"]} == {8, 16}, "no more programs that draw"
