@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmos_jax.config import ModelConfig, UserError
-from llmos_jax.data.json_backend import GGUF_PRE_TOKENIZERS
+from llmos_jax.data.json_backend import GGUF_PRE_TOKENIZERS, from_gguf_lists
 from llmos_jax.data.tokenizer import Tokenizer, check_fits, load_tokenizer, train_bpe
 
 CORPUS = [
@@ -331,3 +331,15 @@ def test_a_message_cannot_write_control_tokens(bpe, content):
     assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
     if "\U000f5afe" not in content:
         assert content in chat.decode(ids, skip_special=False)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "qwen2"])
+@given(st.lists(st.sampled_from(["<|a|>", "<|a|", "<|a|>b", " ", "e\u0301", "x  y", "12", "\n"]) | st.text(max_size=3)))
+@settings(max_examples=60)
+def test_cutting_at_special_tokens_gives_what_a_tokenizer_that_knows_them_gives(pre, parts):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "x\u0120", "12", "<|a|>", "<|a|>b"]
+    backend = from_gguf_lists(tokens, ["x \u0120", "1 2"], [1] * (len(tokens) - 2) + [3, 3], pre)
+    text = "".join(parts)
+    assert backend.cuts_at_special
+    assert backend.encode(text, special=True) == backend.with_special.encode(text, add_special_tokens=False).ids
