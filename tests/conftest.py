@@ -29,7 +29,7 @@ if PLATFORM == "cpu":
         flags.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and refuse to start
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
-# Tracing makes millions of objects that live long: to look through all of them every few moments is an eighth of the time.
+# Tracing makes millions of objects that live long: looking through them all the time took an eighth of warm tests (docs/log.md).
 gc.set_threshold(100_000, 20, 50)
 
 # Every shape and dtype that the modules with arrays declare is checked while they are traced.
